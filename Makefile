@@ -1,0 +1,51 @@
+# `make course` and `make test` set everything up themselves; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+PORT ?= 8000
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.DEFAULT_GOAL := help
+.PHONY: help course test site serve save lock clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+$(READY): lock.txt settings.ini setup.py pyproject.toml tools/setup_env.py
+	@command -v $(PYTHON) >/dev/null || { echo "set-up: $(PYTHON) is not there: install Python, or name yours with PYTHON=..."; exit 1; }
+	@$(PYTHON) tools/setup_env.py $(VENV) $(VENV_FLAGS)
+	@touch $@
+
+course: $(READY)  ## run every lesson on the embedded model, then build the site
+	@echo "Running every lesson on the embedded model"
+	@$(PY) -m pytest -v --no-header --durations=0 --durations-min=1 tests/test_notebooks.py
+	@$(PY) tools/build_docs.py
+	@echo "Done: the site is in $(CURDIR)/_docs; 'make serve' shows it"
+
+test: $(READY)  ## run all tests: lessons, package, site
+	@$(PY) -m pytest
+
+site: $(READY)  ## build the site from the saved notebooks, running none
+	@$(PY) tools/build_docs.py
+
+serve: $(READY)  ## show the site at http://localhost:8000 (another port: PORT=...)
+	@test -f _docs/index.html || $(MAKE) site
+	@echo "http://localhost:$(PORT) (Ctrl-C ends it)"
+	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs 2>/dev/null
+
+save: $(READY)  ## after editing notebooks: run them keeping outputs, clean them, export code, write README.md
+	@$(VENV)/bin/nbdev-test --save --n-workers 0 --do-print
+	@$(VENV)/bin/nbdev-clean
+	@$(VENV)/bin/nbdev-export
+	@$(PY) tools/build_readme.py
+
+lock: $(READY)  ## write lock.txt from the versions in the environment
+	@$(PY) -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -vE '^(pip=|nvidia|cuda|triton)' > lock.txt
+	@touch $(READY)
+
+clean:  ## remove the site and what building left
+	@rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml
+
+# Training, one command a step: make data, train-autoencoder, train-text, train-diffusion, quality
+-include tools/training/train.mk

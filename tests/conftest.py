@@ -1,0 +1,83 @@
+"""What the tests share: nbdev's configuration, the notebooks, the built site and a browser."""
+import functools, http.server, json, os, shutil, subprocess, sys, threading
+from pathlib import Path
+
+import pytest
+from nbdev.config import get_config
+from nbdev.doclinks import nbglob
+from selenium import webdriver
+from selenium.webdriver.chrome.service import Service
+
+CFG = get_config(Path(__file__).parent)
+ROOT = CFG.config_path
+NBS = sorted(nbglob(CFG.nbs_path, as_path=True))
+
+HOW_TO_GET_CHROMIUM = ('Chromium was not found, so the browser tests did not run: install it (Debian: apt install chromium chromium-driver) '
+                       'or name yours in the variable CHROME')
+
+
+def find_chromium():
+    "Where Chromium is: in the variable CHROME or on the path."
+    return next(filter(None, map(shutil.which, [os.environ.get('CHROME', ''), 'chromium', 'chromium-browser', 'google-chrome'])), None)
+
+
+def chromium():
+    "Where Chromium is, installed from Debian's packages first if it is missing and that is possible; None without one."
+    if not find_chromium() and os.geteuid() == 0 and shutil.which('apt-get'):
+        for args in ['update', 'install -y --no-install-recommends chromium chromium-driver']:
+            subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL, env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
+    return find_chromium()
+
+
+class Browser:
+    "Headless Chromium on a site served at `url`; it reaches no other host."
+    flags = ('headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking '
+             'disable-component-update disable-sync')
+
+    def __init__(self, binary, profile, url):
+        opts = webdriver.ChromeOptions()
+        opts.binary_location, self.url = binary, url
+        for flag in [*self.flags.split(), f'user-data-dir={profile}', 'host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1']:
+            opts.add_argument(f'--{flag}')
+        opts.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
+        self.driver = webdriver.Chrome(opts, Service(shutil.which('chromedriver')))
+        self.js = self.driver.execute_script
+
+    def open(self, page, width=1300, scheme='light'):
+        "Open a page as on a screen of this width that prefers a light or a dark scheme; wait until it is whole."
+        self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
+        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 600))
+        self.driver.get(self.url + page)
+        self.driver.execute_async_script('document.fonts.ready.then(arguments[0])')
+
+    def log(self):
+        "Console messages, and requests to other hosts, since last asked."
+        events = [json.loads(e['message'])['message'] for e in self.driver.get_log('performance')]
+        urls = [e['params']['request']['url'] for e in events if e['method'] == 'Network.requestWillBeSent']
+        return ([e['message'] for e in self.driver.get_log('browser')],
+                [u for u in urls if not u.startswith((self.url, 'data:', 'blob:', 'about:', 'chrome:'))])
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    "Serves files without a line for each."
+    def log_message(self, *args): pass
+
+
+@pytest.fixture(scope='session')
+def site():
+    "The folder of the site, built once."
+    subprocess.run([sys.executable, ROOT/'tools/build_docs.py'], check=True, timeout=600)
+    return CFG.doc_path
+
+
+@pytest.fixture(scope='session')
+def browser(site, tmp_path_factory):
+    "A browser on the site. Without Chromium: a failure in CI, one line elsewhere."
+    binary = chromium()
+    if not binary: (pytest.fail if os.environ.get('CI') else pytest.skip)(HOW_TO_GET_CHROMIUM)
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    b = Browser(binary, tmp_path_factory.mktemp('profile'), f'http://127.0.0.1:{server.server_port}/')
+    yield b
+    b.driver.quit()
+    server.shutdown()

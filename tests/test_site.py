@@ -1,0 +1,82 @@
+"""The site, as a reader meets it: in headless Chromium, with no other host to be reached."""
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from bs4 import BeautifulSoup
+from conftest import CFG, NBS
+from nbdev.config import nbpath2html
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+
+pytestmark = pytest.mark.xdist_group('site')
+
+PAGES = [nbpath2html(nb).name for nb in NBS]
+LESSONS = [(nb.name, nbpath2html(nb).name) for nb in NBS if nb.name[0].isdigit()]
+BROKEN_IMAGES = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 99))"
+RAW_FORMULAE = "return [...document.querySelectorAll('.math')].filter(m => !m.querySelector('.katex') || m.querySelector('.katex-error')).length"
+LUMINANCE = "return getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765"
+
+
+def soup(file):
+    "A page, parsed."
+    return BeautifulSoup(file.read_text(), 'html.parser')
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_page_opens(browser, page):
+    "A page says nothing on the console, asks no other host for anything, and shows its pictures and formulae."
+    browser.open(page)
+    assert browser.driver.find_element(By.CSS_SELECTOR, 'h1.title').text
+    assert browser.js(BROKEN_IMAGES) == []
+    assert browser.js(RAW_FORMULAE) == 0
+    console, outside = browser.log()
+    assert console == []
+    assert outside == []
+
+
+@pytest.mark.parametrize('scheme', ['light', 'dark'])
+@pytest.mark.parametrize('page', PAGES)
+def test_page_fits_a_phone(browser, page, scheme):
+    "Nothing sticks out at a phone's width, and the page follows the phone's scheme."
+    browser.open(page, width=360, scheme=scheme)
+    assert browser.js('return document.documentElement.scrollWidth') <= 360
+    assert (browser.js(LUMINANCE) > .5) == (scheme == 'light')
+
+
+@pytest.mark.parametrize('nb, page', LESSONS)
+def test_search_finds_lesson(browser, site, nb, page):
+    "A lesson's title typed into the search box leads to the lesson."
+    browser.open('index.html')
+    title = soup(site/page).select_one('h1.title').text
+    browser.driver.find_element(By.CSS_SELECTOR, '#quarto-search input').send_keys(title)
+    hits = WebDriverWait(browser.driver, 10).until(lambda d: d.find_elements(By.CSS_SELECTOR, '.smalldocs-search-results a'))
+    assert urlsplit(hits[0].get_attribute('href')).path == f'/{page}'
+
+
+@pytest.mark.parametrize('nb, page', LESSONS)
+def test_lesson_page(site, nb, page):
+    "A lesson is in the sidebar, opens in Colab and Kaggle from this repository, and describes its pictures."
+    doc = soup(site/page)
+    assert doc.select(f'#quarto-sidebar a[href$="{page}"]'), f'{nb} is not in the sidebar of _quarto.yml'
+    links = [a['href'] for a in doc.select('main a[href]')]
+    source = f'{CFG.user}/{CFG.repo}/blob/{CFG.branch}/nbs/{nb}'
+    for host in ('colab.research.google.com', 'kaggle.com'):
+        assert any(urlsplit(link).hostname == host and link.endswith(source) for link in links), host
+    nameless = [img['src'][:60] for img in doc.select('main img') if not img.get('alt', '').strip()]
+    assert not nameless, f'no `#| fig-alt:` for {nameless}'
+
+
+def test_links(site):
+    "Every link, picture, script and stylesheet of the site exists, anchors included."
+    pages = {f.name: soup(f) for f in site.glob('*.html')}
+    missing = []
+    for name, doc in pages.items():
+        for tag in doc.select('[href], [src]'):
+            url = urlsplit(tag.get('href') or tag.get('src'))
+            if url.scheme or url.netloc: continue
+            target = unquote(url.path) or name
+            anchor = unquote(url.fragment)
+            if not (site/target).exists() or anchor and target in pages and not pages[target].find(id=anchor):
+                missing.append((name, url.geturl()))
+    assert len(pages) == len(PAGES)
+    assert missing == []

@@ -1,0 +1,67 @@
+"""Build the site into _docs/ with no Quarto and no network: nbdev processes the notebooks, smalldocs renders them."""
+import os, re, shutil, sys, warnings
+from pathlib import Path
+
+from fastcore.nbio import mk_cell, read_nb, write_nb
+from nbdev.config import get_config
+from nbdev.quarto import refresh_quarto_yml
+from nbdev.serve import proc_nbs
+from smalldocs import layout
+from smalldocs.config import load
+from smalldocs.site import Site
+
+ROOT = Path(__file__).parents[1]
+WEB_FONTS = re.compile(r'@import\s*url\(["\']?https?:[^)]*\)[^;]*;')
+
+
+class OfflineSite(Site):
+    "smalldocs' site with pages named as nbdev links them, and with every file it needs in `site_libs`."
+    def read(self, src):
+        page = super().read(src)
+        page.out = page.out.with_name(page.front.get('output-file', page.out.name))
+        return page
+
+    def find_page(self, target):
+        return super().find_page(target) or next((p for p in self.pages.values() if p.out == target), None)
+
+    def resolve(self, href, page, record=True):
+        base = self.project.website['site-url'].rstrip('/') + '/'
+        return super().resolve('/' + href.removeprefix(base) if href.startswith(base) else href, page, record)
+
+
+def badges(cfg, name):
+    "Markdown for the Colab and Kaggle badges of notebook `name`."
+    path = f'{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{name}'
+    return (f'[![Open in Colab](images/colab.svg)](https://colab.research.google.com/github/{path}) '
+            f'[![Open in Kaggle](images/kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/{path})')
+
+
+def process(cfg):
+    "Process the notebooks as nbdev does, badges added to each lesson; returns the folder they are in."
+    refresh_quarto_yml()
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', message='Found cells containing imports')
+        folder = proc_nbs(n_workers=0, force=True)
+    for p in folder.glob('[0-9]*.ipynb'):
+        nb = read_nb(p)
+        nb.cells.insert(1, mk_cell(badges(cfg, p.name), 'markdown'))
+        write_nb(nb, p)
+    return folder
+
+
+def main():
+    "Build the site; exit with a line for each broken link."
+    os.chdir(ROOT)
+    cfg = get_config()
+    layout.KATEX = 'site_libs/katex'
+    site = OfflineSite(load(process(cfg)), quiet=True)
+    site.out = cfg.doc_path
+    n = site.build()
+    libs = site.out/'site_libs'
+    shutil.copytree(ROOT/'vendor/katex', libs/'katex')
+    for css in libs.rglob('*.css'): css.write_text(WEB_FONTS.sub('', css.read_text()))
+    if site.broken: sys.exit('\n'.join(f'{page}: broken link {href}' for page, href in site.broken))
+    print(f'{n} pages in {site.out}')
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,73 @@
+"""Make the course's environment: a venv with the versions in lock.txt. Plain Python, so that it can say what is missing.
+
+Usage: python3 tools/setup_env.py VENV [--system-site-packages] [--extras dev]
+"""
+import argparse
+import configparser
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+
+CAUSES = [  # what pip or venv says, what it means
+    (r'No space left on device|Errno 28', 'the disk is full: free some space (the environment takes about 2 GB, several more where '
+     'pip fetches the CUDA build of torch), then run the same command again'),
+    (r'NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|MaxRetryError|NameResolution|Connection refused',
+     'pip cannot reach its package index: the first set-up needs a network, nothing after it does'),
+    (r'No matching distribution found for (\S+)', 'pip finds no {0} for this Python where it looks: see its index settings and the network'),
+    (r'ensurepip|No module named pip', 'Python has no venv: install it (Debian and Ubuntu: apt install python3-venv)'),
+]
+
+
+def stop(why):
+    "End with one line."
+    sys.exit('set-up: ' + why)
+
+
+def explain(err):
+    "The cause that an error text names, or the text's last lines."
+    for pattern, cause in CAUSES:
+        found = re.search(pattern, err)
+        if found: stop(cause.format(*found.groups()))
+    stop('failed with\n' + '\n'.join(err.strip().splitlines()[-20:]))
+
+
+def run(*cmd):
+    "Run a command, its output shown; if it fails, say why in one line."
+    res = subprocess.run(cmd, stderr=subprocess.PIPE, universal_newlines=True)
+    if res.returncode: explain(res.stderr)
+
+
+def constraints(folder, keep_torch):
+    "The lock file; without its line for torch where the machine's own torch is to be used."
+    if not keep_torch: return 'lock.txt'
+    path = os.path.join(folder, 'constraints.txt')
+    with open('lock.txt') as src, open(path, 'w') as dst: dst.writelines(line for line in src if not line.startswith('torch=='))
+    return path
+
+
+def main():
+    "Check Python, make the venv, install the locked versions and this package."
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('venv')
+    parser.add_argument('--system-site-packages', action='store_true', help="use the machine's own torch")
+    parser.add_argument('--extras', default='dev')
+    args = parser.parse_args()
+
+    ini = configparser.ConfigParser()
+    ini.read('settings.ini', encoding='utf-8')
+    need = ini['DEFAULT']['min_python']
+    if sys.version_info < tuple(map(int, need.split('.'))):
+        stop('Python %s or newer is needed, %s is %s: run make with PYTHON=python%s' % (need, sys.executable, sys.version.split()[0], need))
+    if not importlib.util.find_spec('ensurepip') or not importlib.util.find_spec('venv'): explain('ensurepip')
+
+    print('Setting up %s (once; torch is a large download)' % args.venv, flush=True)
+    try: run(sys.executable, '-m', 'venv', *(['--system-site-packages'] if args.system_site_packages else []), args.venv)
+    except OSError as e: explain(str(e))
+    python = os.path.join(args.venv, 'bin', 'python')
+    run(python, '-m', 'pip', 'install', '--disable-pip-version-check', '-c', constraints(args.venv, args.system_site_packages),
+        '-e', '.[%s]' % args.extras)
+
+
+if __name__ == '__main__': main()
