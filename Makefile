@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 .PHONY: help course test site serve save lock clean
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 $(READY): lock.txt settings.ini setup.py pyproject.toml tools/setup_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "set-up: $(PYTHON) is not there: install Python, or name yours with PYTHON=..."; exit 1; }

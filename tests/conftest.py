@@ -12,8 +12,8 @@ CFG = get_config(Path(__file__).parent)
 ROOT = CFG.config_path
 NBS = sorted(nbglob(CFG.nbs_path, as_path=True))
 
-HOW_TO_GET_CHROMIUM = ('Chromium was not found, so the browser tests did not run: install it (Debian: apt install chromium chromium-driver) '
-                       'or name yours in the variable CHROME')
+NO_CHROMIUM = ('Chromium was not found, so the browser tests did not run: install it (Debian: apt install chromium chromium-driver) '
+               'or name yours in the variable CHROME')
 
 
 def find_chromium():
@@ -25,8 +25,13 @@ def chromium():
     "Where Chromium is, installed from Debian's packages first if it is missing and that is possible; None without one."
     if not find_chromium() and os.geteuid() == 0 and shutil.which('apt-get'):
         for args in ['update', 'install -y --no-install-recommends chromium chromium-driver']:
-            subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL, env={**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'})
+            subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL, env=os.environ | {'DEBIAN_FRONTEND': 'noninteractive'})
     return find_chromium()
+
+
+def pytest_terminal_summary(terminalreporter):
+    "One line where the browser tests did not run."
+    if any(NO_CHROMIUM in str(r.longrepr) for r in terminalreporter.stats.get('skipped', [])): terminalreporter.write_line(NO_CHROMIUM)
 
 
 class Browser:
@@ -45,8 +50,9 @@ class Browser:
 
     def open(self, page, width=1300, scheme='light'):
         "Open a page as on a screen of this width that prefers a light or a dark scheme; wait until it is whole."
-        self.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
-        self.driver.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 600))
+        cdp = self.driver.execute_cdp_cmd
+        cdp('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
+        cdp('Emulation.setDeviceMetricsOverride', dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 600))
         self.driver.get(self.url + page)
         self.driver.execute_async_script('document.fonts.ready.then(arguments[0])')
 
@@ -74,7 +80,7 @@ def site():
 def browser(site, tmp_path_factory):
     "A browser on the site. Without Chromium: a failure in CI, one line elsewhere."
     binary = chromium()
-    if not binary: (pytest.fail if os.environ.get('CI') else pytest.skip)(HOW_TO_GET_CHROMIUM)
+    if not binary: (pytest.fail if os.environ.get('CI') else pytest.skip)(NO_CHROMIUM)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     b = Browser(binary, tmp_path_factory.mktemp('profile'), f'http://127.0.0.1:{server.server_port}/')

@@ -26,7 +26,8 @@ def python(code, **kw):
 
 def tracked():
     "The files that git tracks."
-    return [f for f in map(ROOT.joinpath, run('git', 'ls-files', '-z', cwd=ROOT).rstrip('\0').split('\0')) if f.is_file()]
+    names = run('git', '-c', 'safe.directory=*', 'ls-files', '-z', cwd=ROOT).split('\0')
+    return [ROOT/f for f in names if f and (ROOT/f).is_file()]
 
 
 def test_import_is_light():
@@ -93,6 +94,11 @@ def test_one_address():
         text = f.read_text()
         for user in re.findall(rf'github\.com/([\w-]+)/{CFG.repo}\b', text) + re.findall(rf'([\w-]+)\.github\.io/{CFG.repo}\b', text):
             assert user == CFG.user, f
+
+
+def test_lint():
+    "Ruff finds nothing in the code or the notebooks."
+    run(Path(sys.executable).with_name('ruff'), 'check', '--no-cache', ROOT)
 
 
 def test_lock_covers_requirements():

@@ -7,16 +7,19 @@ import configparser
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 CAUSES = [  # what pip or venv says, what it means
-    (r'No space left on device|Errno 28', 'the disk is full: free some space (the environment takes about 2 GB, several more where '
-     'pip fetches the CUDA build of torch), then run the same command again'),
+    (r'No space left on device|Errno 28',
+     'the disk is full: free some space (the environment takes about 2 GB, several more where pip fetches the CUDA build of torch)'),
     (r'NewConnectionError|ConnectTimeout|ReadTimeout|ProxyError|MaxRetryError|NameResolution|Connection refused',
      'pip cannot reach its package index: the first set-up needs a network, nothing after it does'),
-    (r'No matching distribution found for (\S+)', 'pip finds no {0} for this Python where it looks: see its index settings and the network'),
-    (r'ensurepip|No module named pip', 'Python has no venv: install it (Debian and Ubuntu: apt install python3-venv)'),
+    (r'No matching distribution found for (\S+)',
+     'pip finds no {0} for this Python where it looks: see its index settings and the network'),
+    (r'ensurepip is not|No module named (pip|venv|ensurepip)',
+     'Python has no venv: install it (Debian and Ubuntu: apt install python3-venv)'),
 ]
 
 
@@ -27,6 +30,7 @@ def stop(why):
 
 def explain(err):
     "The cause that an error text names, or the text's last lines."
+    if shutil.disk_usage('.').free < 2**25: err = 'Errno 28'
     for pattern, cause in CAUSES:
         found = re.search(pattern, err)
         if found: stop(cause.format(*found.groups()))
@@ -60,7 +64,7 @@ def main():
     need = ini['DEFAULT']['min_python']
     if sys.version_info < tuple(map(int, need.split('.'))):
         stop('Python %s or newer is needed, %s is %s: run make with PYTHON=python%s' % (need, sys.executable, sys.version.split()[0], need))
-    if not importlib.util.find_spec('ensurepip') or not importlib.util.find_spec('venv'): explain('ensurepip')
+    if not importlib.util.find_spec('ensurepip') or not importlib.util.find_spec('venv'): explain('No module named venv')
 
     print('Setting up %s (once; torch is a large download)' % args.venv, flush=True)
     try: run(sys.executable, '-m', 'venv', *(['--system-site-packages'] if args.system_site_packages else []), args.venv)
