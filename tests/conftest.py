@@ -25,7 +25,8 @@ def chromium():
     "Where Chromium is, installed from Debian's packages first if it is missing and that is possible; None without one."
     if not find_chromium() and os.geteuid() == 0 and shutil.which('apt-get'):
         for args in ['update', 'install -y --no-install-recommends chromium chromium-driver']:
-            subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL, env=os.environ | {'DEBIAN_FRONTEND': 'noninteractive'})
+            subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL,
+                           env=os.environ | {'DEBIAN_FRONTEND': 'noninteractive'})
     return find_chromium()
 
 
