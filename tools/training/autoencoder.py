@@ -10,7 +10,7 @@ from . import data
 from .fit import accelerator, fit
 from .show import sheet
 
-CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=data.SIZE, block_out_channels=(32, 64, 96, 96),
+CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=data.SIZE, block_out_channels=(16, 32, 64, 96),
               layers_per_block=1, norm_num_groups=8, down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
 FOLDER = data.WORK/'autoencoder'
 
