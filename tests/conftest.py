@@ -51,6 +51,7 @@ class Browser:
 
     def open(self, page, width=1300, scheme='light'):
         "Open a page as on a screen of this width that prefers a light or a dark scheme; wait until it is whole."
+        self.log()
         cdp = self.driver.execute_cdp_cmd
         cdp('Emulation.setEmulatedMedia', {'features': [{'name': 'prefers-color-scheme', 'value': scheme}]})
         cdp('Emulation.setDeviceMetricsOverride', dict(width=width, height=800, deviceScaleFactor=1, mobile=width < 600))
@@ -58,7 +59,7 @@ class Browser:
         self.driver.execute_async_script('document.fonts.ready.then(arguments[0])')
 
     def log(self):
-        "Console messages, and requests to other hosts, since last asked."
+        "Console messages, and requests to other hosts, since the page was opened."
         events = [json.loads(e['message'])['message'] for e in self.driver.get_log('performance')]
         urls = [e['params']['request']['url'] for e in events if e['method'] == 'Network.requestWillBeSent']
         return ([e['message'] for e in self.driver.get_log('browser')],

@@ -13,7 +13,10 @@ pytestmark = pytest.mark.xdist_group('site')
 PAGES = [nbpath2html(nb).name for nb in NBS]
 LESSONS = [(nb.name, nbpath2html(nb).name) for nb in NBS if nb.name[0].isdigit()]
 BROKEN_IMAGES = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 99))"
-RAW_FORMULAE = "return document.querySelectorAll('.math:not(:has(.katex)), .katex-error').length"
+RAW_FORMULAE = "return document.querySelectorAll('.math:not(:has(.katex)), .katex-error, .katex [mathcolor=\"#cc0000\"]').length"
+CUT_OFF = """const scrolls = e => e.id != 'quarto-content' && (getComputedStyle(e).overflowX != 'visible' || scrolls(e.parentElement))
+return [...document.querySelectorAll('#quarto-content *')].filter(e => e.getBoundingClientRect().right > innerWidth && !scrolls(e))
+       .map(e => e.outerHTML.slice(0, 99))"""
 BRIGHTNESS = r"return getComputedStyle(document.body).backgroundColor.match(/\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765"
 
 
@@ -37,9 +40,10 @@ def test_page_opens(browser, page):
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('page', PAGES)
 def test_page_fits_a_phone(browser, page, scheme):
-    "Nothing sticks out at a phone's width, and the page follows the phone's scheme."
+    "At a phone's width nothing sticks out or is cut off without scrolling, and the page follows the phone's scheme."
     browser.open(page, width=360, scheme=scheme)
     assert browser.js('return document.documentElement.scrollWidth') <= 360
+    assert browser.js(CUT_OFF) == []
     assert (browser.js(BRIGHTNESS) > .5) == (scheme == 'light')
 
 
