@@ -49,12 +49,12 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .99), weight_decay=weight_decay)
     schedule = get_wsd_schedule(optimizer, warmup, round(steps*decay), num_training_steps=steps, min_lr_ratio=.02)
     ema = EMAModel(model.parameters(), decay=ema_decay, use_ema_warmup=False, foreach=True)
-    ema.to(acc.device)
     model.to(acc.device); start = 0
     if file.exists():
-        state = torch.load(file, map_location=acc.device, weights_only=True)
+        state = torch.load(file, map_location='cpu', weights_only=True)
         model.load_state_dict(state['model']); optimizer.load_state_dict(state['optimizer'])
         schedule.load_state_dict(state['schedule']); ema.load_state_dict(state['ema']); start = state['step']
+    ema.to(acc.device)
     trained, optimizer = acc.prepare(model, optimizer)
 
     def averaged(f, *args):
