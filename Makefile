@@ -32,7 +32,7 @@ site: $(READY)  ## build the site from the saved notebooks, running none
 serve: $(READY)  ## show the site at http://localhost:8000 (another port: PORT=...)
 	@test -f _docs/index.html || $(MAKE) site
 	@echo "http://localhost:$(PORT) (Ctrl-C ends it)"
-	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs 2>/dev/null
+	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs || echo "Is port $(PORT) taken? Try make serve PORT=8001"
 
 save: $(READY)  ## after editing notebooks: run them keeping outputs, clean them, export code, write README.md
 	@$(VENV)/bin/nbdev-test --save --n-workers 0 --do-print

@@ -22,8 +22,8 @@ def find_chromium():
 
 
 def chromium():
-    "Where Chromium is, installed from Debian's packages first if it is missing and that is possible; None without one."
-    if not find_chromium() and os.geteuid() == 0 and shutil.which('apt-get'):
+    "Where Chromium is, installed from Debian's packages first if it or its driver is missing and that is possible; None without one."
+    if not (find_chromium() and shutil.which('chromedriver')) and os.geteuid() == 0 and shutil.which('apt-get'):
         for args in ['update', 'install -y --no-install-recommends chromium chromium-driver']:
             subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL,
                            env=os.environ | {'DEBIAN_FRONTEND': 'noninteractive'})
@@ -38,7 +38,7 @@ def pytest_terminal_summary(terminalreporter):
 class Browser:
     "Headless Chromium on a site served at `url`; it reaches no other host."
     flags = ('headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking '
-             'disable-component-update disable-sync')
+             'disable-component-update disable-sync disable-dev-shm-usage')
 
     def __init__(self, binary, profile, url):
         opts = webdriver.ChromeOptions()
