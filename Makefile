@@ -34,10 +34,10 @@ serve: $(READY)  ## show the site at http://localhost:8000 (another port: PORT=.
 	@echo "http://localhost:$(PORT) (Ctrl-C ends it)"
 	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs || echo "Is port $(PORT) taken? Try make serve PORT=8001"
 
-save: $(READY)  ## after editing notebooks: run them keeping outputs, clean them, export code, write README.md
+save: $(READY)  ## after editing notebooks: export code, run them keeping outputs, clean them, write README.md
+	@$(VENV)/bin/nbdev-export
 	@$(VENV)/bin/nbdev-test --save --n-workers 0 --do-print
 	@$(VENV)/bin/nbdev-clean
-	@$(VENV)/bin/nbdev-export
 	@$(PY) tools/build_readme.py
 
 lock: $(READY)  ## write lock.txt from the versions in the environment

@@ -61,6 +61,13 @@ def test_saved_notebook(nb):
         assert not any('widget' in k for k in data), 'show a picture beside the widget and leave its state out'
 
 
+@pytest.mark.parametrize('nb', NBS, ids=lambda p: p.name)
+def test_title_cell(nb):
+    "A notebook's first cell is its title and description alone: nbdev would leave any more of it out of the site."
+    first, *_ = read_nb(nb).cells
+    assert first.cell_type == 'raw' or re.fullmatch(r'# .+\n+(> .+\n*)+', first.source), 'give the introduction a cell of its own'
+
+
 def test_export_in_step(tmp_path):
     "Exporting the notebooks again gives the same modules, no more and no fewer."
     shutil.copy(ROOT/'pyproject.toml', tmp_path)
