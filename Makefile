@@ -37,6 +37,7 @@ serve: $(READY)  ## show the site at http://localhost:8000 (another port: PORT=.
 save: $(READY)  ## after editing notebooks: export code, run them keeping outputs, clean them, write README.md
 	@$(VENV)/bin/nbdev-export
 	@$(VENV)/bin/nbdev-test --save --n-workers 0 --do-print
+	@$(PY) tools/trim_outputs.py
 	@$(VENV)/bin/nbdev-clean
 	@$(PY) tools/build_readme.py
 
