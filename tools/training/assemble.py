@@ -2,7 +2,6 @@
 Run: `make assemble`."""
 import json, shutil, tomllib
 from string import Template
-import torch
 from diffusers import AutoencoderKL, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel

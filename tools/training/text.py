@@ -1,7 +1,6 @@
 """Text meets pictures: the text encoder, trained as CLIP's was, against a small picture tower; later it is frozen. With `--judge`
 the same with another seed and on all pictures: a judge for `quality.py` that is not the teacher. Run: `make train-text`."""
 import argparse, json, math, random
-from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
