@@ -7,13 +7,14 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/images.html.md"""
 # %% auto #0
 __all__ = ['image_grid', 'show_images']
 
-# %% ../nbs/00_images.ipynb #9b8f5182
+# %% ../nbs/00_images.ipynb #f078d71d
 from collections.abc import Sequence
 from math import ceil
+from textwrap import fill
 from PIL import Image
 from matplotlib.figure import Figure
 
-# %% ../nbs/00_images.ipynb #581b401e
+# %% ../nbs/00_images.ipynb #61ce6f20
 def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
@@ -24,7 +25,7 @@ def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
             raise TypeError(f'images[{i}] is a {type(im).__name__}, not a PIL picture. Take `pipe(...).images`, or convert with PIL.Image.fromarray.')
     return images
 
-# %% ../nbs/00_images.ipynb #3a5432c7
+# %% ../nbs/00_images.ipynb #b2d99bee
 def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     "Rows and columns for `n` pictures: what is not given follows from the other; with neither, one row up to four pictures wide."
     for name, v in dict(rows=rows, cols=cols).items():
@@ -34,7 +35,7 @@ def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     if rows*cols<n: raise ValueError(f'rows={rows}, cols={cols}: a grid of {rows*cols} places is too small for {n} pictures. Leave one of the two out.')
     return rows, cols
 
-# %% ../nbs/00_images.ipynb #c2f6c370
+# %% ../nbs/00_images.ipynb #1607f773
 def image_grid(
     images: Sequence[Image.Image], # PIL pictures, all of one size
     rows: int | None = None,       # default: as many as `cols` needs
@@ -50,7 +51,7 @@ def image_grid(
     for i, im in enumerate(images): grid.paste(im.convert('RGB'), (i%cols*(w+gap), i//cols*(h+gap)))
     return grid
 
-# %% ../nbs/00_images.ipynb #96fa6974
+# %% ../nbs/00_images.ipynb #2d3c4b3b
 def show_images(
     images: Sequence[Image.Image],        # PIL pictures; sizes may differ
     titles: Sequence[str] | None = None,  # one for each picture
@@ -62,8 +63,9 @@ def show_images(
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
     if titles is not None and len(titles)!=len(images):
         raise ValueError(f'titles has {len(titles)} entries for {len(images)} pictures: give one for each.')
-    side, dpi = max(max(im.size) for im in images)*scale, 100
-    top, gap = (26 if titles else 0), 8
+    side, dpi, gap = max(max(im.size) for im in images)*scale, 100, 8
+    titles = [fill(t, max(8, side//7)) for t in titles or []]      # a letter is about 7 pixels wide, a line 16 high
+    top = max([12 + 16*len(t.splitlines()) for t in titles], default=0)
     width, height = cols*(side+gap)-gap, rows*(side+top+gap)-gap
     fig = Figure(figsize=(width/dpi, height/dpi), dpi=dpi)
     for i, im in enumerate(images):

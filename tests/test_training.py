@@ -5,9 +5,7 @@ import random
 import pytest
 import torch
 from conftest import ROOT
-
-pytest.importorskip('accelerate')
-from tools.training import data, fit as fitting  # noqa: E402
+from tools.training import data, fit as fitting
 
 SLICE = ROOT/'sd_deepdive'/'data'/'pictures.zip'
 

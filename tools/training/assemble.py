@@ -13,7 +13,8 @@ QUALITY = data.WORK/'quality.json'
 SLICE_THINGS = 24
 
 def replace(new, old):
-    "Put folder `new` in the place of `old`."
+    "Put folder `new` in the place of `old`, its files readable by everyone."
+    for file in new.rglob('*.safetensors'): file.chmod(0o644)
     shutil.rmtree(old, ignore_errors=True); new.rename(old)
 
 def parts():

@@ -1,0 +1,152 @@
+"""The embedded model, and the loading of models by name."""
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import ROOT
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from tools.training import autoencoder, data, diffusion
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from sd_deepdive.models import embedded_folder, load_pipeline, max_difference, text_to_image
+
+
+@pytest.fixture(scope='module')
+def pipe(): return load_pipeline(device='cpu')
+
+
+@pytest.fixture(scope='module')
+def slice_of_data(): return data.unpack(ROOT/'sd_deepdive'/'data'/'pictures.zip')
+
+
+@pytest.fixture
+def small(tmp_path):
+    "A folder like a downloaded checkpoint, very small and untrained, with a safety checker that finds everything indecent."
+    words = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=words, projection_dim=16, vision_config=words | dict(image_size=16, patch_size=8)))
+    checker.concept_embeds_weights.data.fill_(-2.)
+    pipe = StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=(8, 8), down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=4),
+        text_encoder=CLIPTextModel(CLIPTextConfig(**words, projection_dim=16)), tokenizer=CLIPTokenizer.from_pretrained(embedded_folder()/'tokenizer'),
+        unet=UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+                                  down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D']),
+        scheduler=DDPMScheduler(), safety_checker=checker, feature_extractor=CLIPImageProcessor(size={'shortest_edge': 16}, crop_size=16))
+    pipe.save_pretrained(tmp_path/'small')
+    return tmp_path/'small'
+
+
+def test_shape(pipe):
+    "Stable Diffusion 1.x in small: the block types, the numbers that the course is built on, the tokenizer."
+    unet, vae, text, steps = pipe.unet.config, pipe.vae.config, pipe.text_encoder.config, pipe.scheduler.config
+    assert (unet.in_channels, unet.sample_size, unet.cross_attention_dim) == (4, 16, text.hidden_size)
+    assert list(unet.down_block_types) == ['CrossAttnDownBlock2D']*3 + ['DownBlock2D']
+    assert (vae.latent_channels, vae.sample_size, pipe.vae_scale_factor) == (4, 128, 8)
+    assert (len(pipe.tokenizer), pipe.tokenizer.model_max_length, text.max_position_embeddings) == (49408, 77, 77)
+    assert (steps.beta_schedule, steps.beta_start, steps.beta_end, steps.num_train_timesteps) == ('scaled_linear', .00085, .012, 1000)
+    assert steps.get('prediction_type', 'epsilon') == 'epsilon' and type(pipe.scheduler).__name__ == 'PNDMScheduler'
+
+
+def test_size():
+    "The folder is at most 36 MB, its weights in half precision."
+    assert sum(f.stat().st_size for f in embedded_folder().rglob('*')) <= 36e6
+    assert {p.dtype for p in StableDiffusionPipeline.from_pretrained(embedded_folder(), dtype=torch.float16).unet.parameters()} == {torch.float16}
+
+
+def test_plain_diffusers_makes_the_same_pictures(pipe):
+    "Loaded with nothing of ours, the folder draws the same picture to the bit."
+    plain = StableDiffusionPipeline.from_pretrained(embedded_folder())
+    theirs = plain('tulip, 3d style', num_inference_steps=8, guidance_scale=4., generator=torch.Generator().manual_seed(3)).images[0]
+    assert theirs.tobytes() == text_to_image(pipe, 'tulip, 3d style', seeds=3, num_inference_steps=8)[0].tobytes()
+
+
+def test_autoencoder_on_held_out_pictures(pipe, slice_of_data):
+    "Pictures that it was not trained on come back with at least 24 dB."
+    entries, rgba = slice_of_data
+    held = [i for i, e in enumerate(entries) if data.is_held_out(e)]
+    pixels = data.compose(rgba[held], torch.ones(len(held), 3))
+    with torch.no_grad(): psnr = autoencoder.psnr(autoencoder.round_trips(pipe.vae, pixels), pixels)
+    assert len(held) >= 5 and psnr.mean() >= 24
+
+
+def test_scaling_factor(pipe, slice_of_data):
+    "Scaled latents deviate by about one, as the noise does."
+    pixels = data.compose(slice_of_data[1], torch.ones(len(slice_of_data[1]), 3))
+    with torch.no_grad(): deviation = autoencoder.measure_latents(pipe.vae, pixels)*pipe.vae.config.scaling_factor
+    assert abs(deviation - 1) < .1
+
+
+def test_captions_matter(pipe, slice_of_data):
+    "The right caption lowers the loss by a quarter and more against a wrong one."
+    entries, rgba = slice_of_data
+    use = [i for i, e in enumerate(entries) if e['style'] in data.STYLES and not data.is_held_out(e)][::3]
+    words = [f'{entries[i]["thing"]}, {entries[i]["style"]} style' for i in use]
+    pixels = data.compose(rgba[use], torch.ones(len(use), 3))
+    with torch.no_grad():
+        z = pipe.vae.encode(pixels).latent_dist.mode()*pipe.vae.config.scaling_factor
+        states = diffusion.text_states(pipe.text_encoder, pipe.tokenizer, words).float()
+        noise, t = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([700])
+        x = diffusion.noisy(z, noise, t, pipe.scheduler.alphas_cumprod)
+        right, wrong = ((pipe.unet(x, t, s).sample - noise).pow(2).mean() for s in (states, states.roll(len(use)//2, 0)))
+    assert right < .75*wrong
+
+
+def test_batch_does_not_matter(pipe):
+    "A picture depends on its prompt and its seed, not on what is made beside it."
+    prompts = ['a banana', 'key, flat style', 'ghost, 3d style']
+    together = text_to_image(pipe, prompts, seeds=[4, 5, 6], num_inference_steps=6)
+    alone = [text_to_image(pipe, p, seeds=s, num_inference_steps=6, batch_size=1)[0] for p, s in zip(prompts, [4, 5, 6])]
+    assert max(map(max_difference, together, alone)) <= 1
+    assert max_difference(together[0], together[1]) > 50
+
+
+@pytest.mark.parametrize('wrong, words', [
+    (dict(num_inference_steps=0), 'num_inference_steps=0'), (dict(num_inference_steps=1001), 'from 1 to 1000'),
+    (dict(width=100), 'width=100.*multiple of 8.*104'), (dict(height=-8), 'height=-8'),
+    (dict(prompt=[]), 'at least one'), (dict(prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up')])
+def test_wrong_requests(pipe, wrong, words):
+    with pytest.raises(ValueError, match=words): text_to_image(pipe, **{'prompt': 'a bell', **wrong})
+
+
+@pytest.mark.parametrize('name', ['embeded', 'no/such/folder/here', '', 'CompVis/', './nothing'])
+def test_unknown_name(name):
+    with pytest.raises(ValueError, match='embedded'): load_pipeline(name)
+
+
+def test_hub_unreachable(tmp_path, monkeypatch):
+    "With no network a hub id ends in one clear line, which says that the embedded model needs none."
+    with pytest.raises(ConnectionError, match='someone/nothing.*network.*embedded'): load_pipeline('someone/nothing', device='cpu')
+
+
+def test_folder_without_pipeline(tmp_path):
+    with pytest.raises(ValueError, match='model_index.json'): load_pipeline(tmp_path)
+
+
+def test_truncated_weights(small):
+    "A file that was cut short is named."
+    file = small/'unet'/'diffusion_pytorch_model.safetensors'
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ValueError, match='unet.*cut short'): load_pipeline(small)
+
+
+def test_missing_part(small):
+    "A folder from which a part is gone is no model that can be loaded: the part is named."
+    shutil.rmtree(small/'unet')
+    with pytest.raises(ValueError, match='unet'): load_pipeline(small)
+
+
+def test_folder_and_safety_checker(small):
+    "A folder loads by its path; its safety checker stays, unless it is refused."
+    black = text_to_image(load_pipeline(small, device='cpu'), 'a bell', num_inference_steps=2)[0]
+    open_ = load_pipeline(small, device='cpu', safety_checker=False)
+    assert open_.safety_checker is None
+    assert max(black.convert('L').tobytes()) == 0 < max(text_to_image(open_, 'a bell', num_inference_steps=2)[0].convert('L').tobytes())
+
+
+def test_card():
+    "The model card names every package that pictures came from, every held-out thing, and holds measured quality."
+    card = (embedded_folder()/'README.md').read_text()
+    assert '$' not in card and 'not measured' not in card
+    for entry in json.loads(data.HELD_OUT.read_text())['drawn']: assert entry[0] in card
+    for package in ('noto', 'twemoji', 'fluent-emoji-flat', 'fluent-emoji-3d', 'noto-v1', 'fxemoji', 'emojibase-data', 'open_clip_torch'): assert package in card
