@@ -14,28 +14,31 @@ from textwrap import fill
 from PIL import Image
 from matplotlib.figure import Figure
 
-# %% ../nbs/00_images.ipynb #61ce6f20
+# %% ../nbs/00_images.ipynb #487f53e6
 def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
     images = list(images)
-    if not images: raise ValueError('images is an empty list: there is nothing to show. Give at least one picture.')
+    if not images: raise ValueError('images is an empty list: give at least one picture.')
     for i, im in enumerate(images):
         if not isinstance(im, Image.Image):
-            raise TypeError(f'images[{i}] is a {type(im).__name__}, not a PIL picture. Take `pipe(...).images`, or convert with PIL.Image.fromarray.')
+            raise TypeError(f'images[{i}] is a {type(im).__name__}, not a PIL picture: '
+                            'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
-# %% ../nbs/00_images.ipynb #b2d99bee
+# %% ../nbs/00_images.ipynb #635ee863
 def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
-    "Rows and columns for `n` pictures: what is not given follows from the other; with neither, one row up to four pictures wide."
+    "Rows and columns for `n` pictures: the one follows from the other; with neither given, rows of four."
     for name, v in dict(rows=rows, cols=cols).items():
-        if v is not None and v<1: raise ValueError(f'{name}={v}: a grid needs at least one. Leave {name} out to have it computed.')
+        if v is not None and v<1:
+            raise ValueError(f'{name}={v}: a grid needs at least one. Leave {name} out to have it computed.')
     if cols is None: cols = ceil(n/rows) if rows else min(n, 4)
     rows = rows or ceil(n/cols)
-    if rows*cols<n: raise ValueError(f'rows={rows}, cols={cols}: a grid of {rows*cols} places is too small for {n} pictures. Leave one of the two out.')
+    if rows*cols<n:
+        raise ValueError(f'rows={rows}, cols={cols}: the grid is too small for {n} pictures. Leave one of the two out.')
     return rows, cols
 
-# %% ../nbs/00_images.ipynb #1607f773
+# %% ../nbs/00_images.ipynb #c93fab77
 def image_grid(
     images: Sequence[Image.Image], # PIL pictures, all of one size
     rows: int | None = None,       # default: as many as `cols` needs
@@ -43,15 +46,17 @@ def image_grid(
     gap: int = 0,                  # pixels between neighbours
     background: str = 'white',     # colour of gaps and empty places
 ) -> Image.Image:
-    "Paste pictures row by row into one RGB picture; nothing is resampled. ValueError for none, two sizes, or too small a grid."
+    "Pictures pasted row by row, not resampled. ValueError for none, for two sizes, for too small a grid."
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
     (w, h), sizes = images[0].size, {im.size for im in images}
-    if len(sizes)>1: raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: resize them to one size, or use show_images.')
+    if len(sizes)>1:
+        raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: resize them, or use show_images.')
     grid = Image.new('RGB', (cols*(w+gap)-gap, rows*(h+gap)-gap), background)
-    for i, im in enumerate(images): grid.paste(im.convert('RGB'), (i%cols*(w+gap), i//cols*(h+gap)))
+    for i, im in enumerate(images):
+        grid.paste(im.convert('RGB'), (i%cols*(w+gap), i//cols*(h+gap)))
     return grid
 
-# %% ../nbs/00_images.ipynb #2d3c4b3b
+# %% ../nbs/00_images.ipynb #96a1f012
 def show_images(
     images: Sequence[Image.Image],        # PIL pictures; sizes may differ
     titles: Sequence[str] | None = None,  # one for each picture
@@ -59,12 +64,12 @@ def show_images(
     cols: int | None = None,
     scale: int = 1,                       # screen pixels for each pixel of the largest picture
 ) -> Figure:
-    "A figure of pictures with titles above them, each pixel drawn as a square of `scale` pixels. ValueError as `image_grid`."
+    "A figure of pictures with titles above them, each pixel a square of `scale` pixels. ValueError as `image_grid`."
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
     if titles is not None and len(titles)!=len(images):
         raise ValueError(f'titles has {len(titles)} entries for {len(images)} pictures: give one for each.')
     side, dpi, gap = max(max(im.size) for im in images)*scale, 100, 8
-    titles = [fill(t, max(8, side//7)) for t in titles or []]      # a letter is about 7 pixels wide, a line 16 high
+    titles = [fill(t, max(8, side//7)) for t in titles or []]   # a letter is about 7 pixels wide, a line 16 high
     top = max([12 + 16*len(t.splitlines()) for t in titles], default=0)
     width, height = cols*(side+gap)-gap, rows*(side+top+gap)-gap
     fig = Figure(figsize=(width/dpi, height/dpi), dpi=dpi)

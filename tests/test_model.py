@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 from conftest import ROOT
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tools.training import autoencoder, data, diffusion
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -32,7 +32,7 @@ def small(tmp_path):
         text_encoder=CLIPTextModel(CLIPTextConfig(**words, projection_dim=16)), tokenizer=CLIPTokenizer.from_pretrained(embedded_folder()/'tokenizer'),
         unet=UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
                                   down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D']),
-        scheduler=DDPMScheduler(), safety_checker=checker, feature_extractor=CLIPImageProcessor(size={'shortest_edge': 16}, crop_size=16))
+        scheduler=PNDMScheduler.from_pretrained(embedded_folder()/'scheduler'), safety_checker=checker, feature_extractor=CLIPImageProcessor(size={'shortest_edge': 16}, crop_size=16))
     pipe.save_pretrained(tmp_path/'small')
     return tmp_path/'small'
 
@@ -103,7 +103,7 @@ def test_batch_does_not_matter(pipe):
 
 @pytest.mark.parametrize('wrong, words', [
     (dict(num_inference_steps=0), 'num_inference_steps=0'), (dict(num_inference_steps=1001), 'from 1 to 1000'),
-    (dict(width=100), 'width=100.*multiple of 8.*104'), (dict(height=-8), 'height=-8'),
+    (dict(width=100), 'width=100.*multiple of 8.*width=96'), (dict(height=-8), 'height=-8'),
     (dict(prompt=[]), 'at least one'), (dict(prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up')])
 def test_wrong_requests(pipe, wrong, words):
     with pytest.raises(ValueError, match=words): text_to_image(pipe, **{'prompt': 'a bell', **wrong})
