@@ -85,7 +85,7 @@ def pipeline(vae, encoder, tokenizer, unet, scheduler=None):
                                    scheduler=scheduler or DDIMScheduler(clip_sample=False, **SCHEDULE), requires_safety_checker=False)
     pipe.set_progress_bar_config(disable=True); return pipe
 
-def draw_prompts(pipe, captions, steps=25, guidance=4., batch=24):
+def draw_prompts(pipe, captions, steps=25, guidance=3., batch=24):
     "Pictures (N,3,H,W) in -1..1; picture k starts from seed k."
     seeds = [torch.Generator().manual_seed(k) for k in range(len(captions))]
     parts = [pipe(captions[k:k+batch], num_inference_steps=steps, guidance_scale=guidance, generator=seeds[k:k+batch], output_type='pt').images

@@ -11,7 +11,7 @@ from . import autoencoder, data, diffusion, text
 from .assemble import EMBEDDED, QUALITY, table
 from .show import sheet
 
-STEPS, GUIDANCE, CAPTIONS = 25, 4., 200
+STEPS, GUIDANCE, CAPTIONS = 25, 3., 200
 
 def load_judge():
     "The judge's picture tower."
@@ -26,7 +26,8 @@ def percent(hits): return f'{100*sum(hits)/len(hits):.0f} %'
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--model', default=str(EMBEDDED)); p.add_argument('--captions', type=int, default=CAPTIONS); a = p.parse_args()
+    p.add_argument('--model', default=str(EMBEDDED)); p.add_argument('--captions', type=int, default=CAPTIONS)
+    p.add_argument('--guidance', type=float, default=GUIDANCE); a = p.parse_args()
     pipe = StableDiffusionPipeline.from_pretrained(a.model, torch_dtype=torch.float32); pipe.set_progress_bar_config(disable=True)
     pipe.to('cuda' if torch.cuda.is_available() else 'cpu')
     judge, (entries, rgba) = load_judge(), data.unpack()
@@ -48,14 +49,14 @@ def main():
     rows = []
     for name, wanted in (('training pairs', seen), ('held-out pairs', held)):
         captions = [f'{entries[i]["thing"]}, {entries[i]["style"]} style' for i in wanted]
-        made = torch.cat([diffusion.draw_prompts(pipe, captions[k:k+20], STEPS, GUIDANCE) for k in tqdm(range(0, len(captions), 20), desc=name)]).cpu()
+        made = torch.cat([diffusion.draw_prompts(pipe, captions[k:k+20], STEPS, a.guidance) for k in tqdm(range(0, len(captions), 20), desc=name)]).cpu()
         sheet(torch.stack([pixels[wanted], made], 1).flatten(0, 1)[:96], 12, data.WORK/f'quality-{name.split()[0]}.png')
         rows += [[f'{name}, {len(wanted)}', *score(made, wanted)], [f'{name}, ceiling', *score(through(pipe.vae, pixels[wanted]), wanted)],
                  [f'{name}, floor', *score(made, random.Random(1).sample(wanted, len(wanted)))]]
     out = torch.tensor([data.is_held_out(e) for e in entries])
     psnr = autoencoder.psnr(through(pipe.vae, pixels[out]), pixels[out])
     header = ['', 'thing, of all', 'style, of all', 'thing, of those taught', 'style, of those taught']
-    note = (f'{STEPS} steps, guidance {GUIDANCE}, picture k of each batch of 20 from seed k. "Of all": the nearest of {len(entries)} pictures of '
+    note = (f'{STEPS} steps, guidance {a.guidance}, picture k of each batch of 20 from seed k. "Of all": the nearest of {len(entries)} pictures of '
             f'{len({e["thing"] for e in entries})} things; "of those taught": of {len(drawn)} pictures of {len(data.things())} things. '
             f'Autoencoder: PSNR {psnr.mean():.1f} dB on {len(psnr)} held-out pictures (least {psnr.min():.1f}).')
     QUALITY.parent.mkdir(exist_ok=True); QUALITY.write_text(json.dumps(dict(header=header, rows=rows, note=note), indent=1))
