@@ -74,7 +74,7 @@ def _check_folder(
                              'Copy the folder again.') from None
     return folder
 
-# %% ../nbs/01_text_to_image.ipynb #ed3d4cde
+# %% ../nbs/01_text_to_image.ipynb #0911192e
 def _find_model(
     name: str | Path, # "embedded", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4"
 ) -> Path | str:
@@ -136,13 +136,13 @@ def _pair_up(prompt: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[l
         raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds do not pair up: give as many of each, or one.')
     return prompts*(n//len(prompts)), seeds*(n//len(seeds))
 
-# %% ../nbs/01_text_to_image.ipynb #407f38bd
+# %% ../nbs/01_text_to_image.ipynb #59b5a437
 def text_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
     seeds: int | Sequence[int] = 0,      # one seed, or one for each picture
     num_inference_steps: int = 25,       # how often the UNet is asked
-    guidance_scale: float = 4.,          # how strictly the prompt is followed: the next lesson
+    guidance_scale: float = 3.,          # how strictly the prompt is followed: the next lesson
     negative_prompt: str | None = None,  # what should not be seen: the next lesson too
     height: int | None = None,           # pixels; default: what the model was trained for
     width: int | None = None,
