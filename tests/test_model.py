@@ -10,7 +10,8 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from tools.training import autoencoder, data, diffusion
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from sd_deepdive.models import embedded_folder, load_pipeline, max_difference, text_to_image
+from sd_deepdive.images import max_difference
+from sd_deepdive.models import embedded_folder, load_pipeline, text_to_image
 
 
 @pytest.fixture(scope='module')
@@ -103,10 +104,19 @@ def test_batch_does_not_matter(pipe):
 
 @pytest.mark.parametrize('wrong, words', [
     (dict(num_inference_steps=0), 'num_inference_steps=0'), (dict(num_inference_steps=1001), 'from 1 to 1000'),
-    (dict(width=100), 'width=100.*multiple of 8.*width=96'), (dict(height=-8), 'height=-8'),
-    (dict(prompt=[]), 'at least one'), (dict(prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up')])
+    (dict(num_inference_steps='10'), "num_inference_steps='10'"), (dict(num_inference_steps=2.5), 'num_inference_steps=2.5'),
+    (dict(width=100), 'width=100.*multiple of 8.*width=96'), (dict(height=-8), 'height=-8'), (dict(height='8'), "height='8'"),
+    (dict(prompt=[]), 'at least one'), (dict(prompt=None), 'prompt=None'), (dict(prompt=['a', 3]), 'prompt=3'),
+    (dict(prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up'), (dict(seeds='abc'), "seeds='abc'"), (dict(seeds=1.5), 'seeds=1.5'),
+    (dict(seeds=-1), 'seeds=-1'), (dict(batch_size=0), 'batch_size=0'), (dict(negative_prompt=['red']), 'negative_prompt=')])
 def test_wrong_requests(pipe, wrong, words):
-    with pytest.raises(ValueError, match=words): text_to_image(pipe, **{'prompt': 'a bell', **wrong})
+    "A wrong argument is named, with its value, before anything is computed."
+    with pytest.raises((ValueError, TypeError), match=words): text_to_image(pipe, **{'prompt': 'a bell', **wrong})
+
+
+@pytest.mark.parametrize('device', ['tpu', 'gpu', 3.5] + ['cuda']*(not torch.cuda.is_available()))
+def test_wrong_device(device):
+    with pytest.raises(ValueError, match=f'device=.?{device}'): load_pipeline(device=device)
 
 
 @pytest.mark.parametrize('name', ['embeded', 'no/such/folder/here', '', 'CompVis/', './nothing'])
