@@ -7,17 +7,19 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/images.html.md"""
 # %% auto #0
 __all__ = ['image_grid', 'show_images', 'max_difference', 'mean_difference']
 
-# %% ../nbs/00_images.ipynb #7e63105d
-from collections.abc import Sequence
+# %% ../nbs/00_images.ipynb #0e4fc27c
+from collections.abc import Iterable, Sequence
 from math import ceil
 from textwrap import fill
-from PIL import Image, ImageChops, ImageStat
+from PIL import Image, ImageChops, ImageColor, ImageStat
 from matplotlib.figure import Figure
+from .checks import whole_number
 
-# %% ../nbs/00_images.ipynb #487f53e6
+# %% ../nbs/00_images.ipynb #18fbd128
 def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
+    if not isinstance(images, Iterable): raise TypeError(f'images={images!r} is not a list of pictures. Give PIL pictures.')
     images = list(images)
     if not images: raise ValueError('images is an empty list: give at least one picture.')
     for i, im in enumerate(images):
@@ -26,19 +28,18 @@ def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
                             'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
-# %% ../nbs/00_images.ipynb #635ee863
+# %% ../nbs/00_images.ipynb #51c4c1b2
 def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     "Rows and columns for `n` pictures: the one follows from the other; with neither given, rows of four."
     for name, v in dict(rows=rows, cols=cols).items():
-        if v is not None and v<1:
-            raise ValueError(f'{name}={v}: a grid needs at least one. Leave {name} out to have it computed.')
+        if v is not None: whole_number(name, v, 1)
     if cols is None: cols = ceil(n/rows) if rows else min(n, 4)
     rows = rows or ceil(n/cols)
     if rows*cols<n:
         raise ValueError(f'rows={rows}, cols={cols}: the grid is too small for {n} pictures. Leave one of the two out.')
     return rows, cols
 
-# %% ../nbs/00_images.ipynb #c93fab77
+# %% ../nbs/00_images.ipynb #19d5761b
 def image_grid(
     images: Sequence[Image.Image], # PIL pictures, all of one size
     rows: int | None = None,       # default: as many as `cols` needs
@@ -47,7 +48,10 @@ def image_grid(
     background: str = 'white',     # colour of gaps and empty places
 ) -> Image.Image:
     "Pictures pasted row by row, not resampled. ValueError for none, for two sizes, for too small a grid."
-    images = _checked(images); rows, cols = _shape(len(images), rows, cols)
+    images = _checked(images); rows, cols = _shape(len(images), rows, cols); whole_number('gap', gap, 0)
+    try: ImageColor.getrgb(background)
+    except (ValueError, AttributeError, TypeError):
+        raise ValueError(f'background={background!r} is not a colour. Give a name such as "white".') from None
     (w, h), sizes = images[0].size, {im.size for im in images}
     if len(sizes)>1:
         raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: resize them, or use show_images.')
@@ -56,10 +60,10 @@ def image_grid(
         grid.paste(im.convert('RGB'), (i%cols*(w+gap), i//cols*(h+gap)))
     return grid
 
-# %% ../nbs/00_images.ipynb #96a1f012
+# %% ../nbs/00_images.ipynb #cf62e523
 def show_images(
     images: Sequence[Image.Image],        # PIL pictures; sizes may differ
-    titles: Sequence[str] | None = None,  # one for each picture
+    titles: Sequence | None = None,       # one for each picture, of any kind
     rows: int | None = None,              # as in `image_grid`
     cols: int | None = None,
     scale: int = 1,                       # screen pixels for each pixel of the largest picture
@@ -68,8 +72,9 @@ def show_images(
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
     if titles is not None and len(titles)!=len(images):
         raise ValueError(f'titles has {len(titles)} entries for {len(images)} pictures: give one for each.')
+    whole_number('scale', scale, 1)
     side, dpi, gap = max(max(im.size) for im in images)*scale, 100, 8
-    titles = [fill(t, max(8, side//7)) for t in titles or []]   # a letter is about 7 pixels wide, a line 16 high
+    titles = [fill(str(t), max(8, side//8)) for t in titles or []]   # a letter is up to 8 pixels wide, a line 16 high
     top = max([12 + 16*len(t.splitlines()) for t in titles], default=0)
     width, height = cols*(side+gap)-gap, rows*(side+top+gap)-gap
     fig = Figure(figsize=(width/dpi, height/dpi), dpi=dpi)
@@ -80,10 +85,11 @@ def show_images(
         if titles: ax.set_title(titles[i], fontsize=9, pad=5)
     return fig
 
-# %% ../nbs/00_images.ipynb #d0ad894e
+# %% ../nbs/00_images.ipynb #34111233
 def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     "The picture of absolute differences. ValueError if the sizes differ."
-    a, b = _checked([a, b])
+    for name, im in dict(a=a, b=b).items():
+        if not isinstance(im, Image.Image): raise TypeError(f'{name}={im!r} is not a PIL picture.')
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     return ImageChops.difference(a.convert('RGB'), b.convert('RGB'))
 

@@ -7,16 +7,16 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_to_image.html.md"""
 # %% auto #0
 __all__ = ['EMBEDDED', 'embedded_folder', 'best_device', 'best_dtype', 'load_pipeline', 'generators', 'text_to_image']
 
-# %% ../nbs/01_text_to_image.ipynb #77031866
+# %% ../nbs/01_text_to_image.ipynb #2b5a99e9
 import json, re
-import diffusers, torch, transformers
+import diffusers, transformers
 from collections.abc import Iterable, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
-from operator import index
 from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError, safe_open
+from .checks import real_number, whole_number
 
 # %% ../nbs/01_text_to_image.ipynb #bef1f319
 EMBEDDED = 'embedded'   # the name of the model that ships with the package
@@ -42,31 +42,34 @@ def _quiet():
 # %% ../nbs/01_text_to_image.ipynb #5fd6bab3
 with _quiet(): from diffusers import StableDiffusionPipeline
 
-# %% ../nbs/01_text_to_image.ipynb #a5ebdf17
+# %% ../nbs/01_text_to_image.ipynb #9254efe6
+import torch
+
+# %% ../nbs/01_text_to_image.ipynb #c5c2f1d8
 def best_device() -> torch.device:
     "Where to compute: on a CUDA GPU if there is one, else on Apple's (mps), else on the CPU."
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
-# %% ../nbs/01_text_to_image.ipynb #d8277b4b
+# %% ../nbs/01_text_to_image.ipynb #192706ea
 def _device(device: torch.device | str | None) -> torch.device:
     "The device asked for, or the best one. ValueError for a name that is none, or for a device that is not there."
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     try: found = torch.device(best_device() if device is None else device)
     except (RuntimeError, TypeError): found = None
     if found is None or found.type not in there:
-        raise ValueError(f'device={device!r} is no device. Give one of {", ".join(there)}.') from None
-    if not there[found.type]: raise ValueError(f'device={str(device)!r} is not there. Leave it out to take the best.')
+        raise ValueError(f'device={device!r} is not a device. Give one of {", ".join(there)}.') from None
+    if not there[found.type]: raise ValueError(f'device={str(device)!r} is not available on this machine. Leave it out to take the best.')
     return found
 
-# %% ../nbs/01_text_to_image.ipynb #f6f68ad8
+# %% ../nbs/01_text_to_image.ipynb #7f5dd1c1
 def best_dtype(
     device: torch.device, # where the model computes
 ) -> torch.dtype:
     "Half precision on a CUDA GPU, single precision elsewhere."
     return torch.float16 if torch.device(device).type=='cuda' else torch.float32
 
-# %% ../nbs/01_text_to_image.ipynb #6d054d2a
+# %% ../nbs/01_text_to_image.ipynb #737d7c2d
 def _check_folder(
     folder: Path, # where `save_pretrained` wrote a pipeline
 ) -> Path:
@@ -74,7 +77,15 @@ def _check_folder(
     listing = folder/'model_index.json'
     if not listing.is_file():
         raise ValueError(f'{folder} holds no pipeline: {listing.name} is missing. Give a folder from save_pretrained.')
-    parts = [k for k, v in json.loads(listing.read_text()).items() if isinstance(v, list) and v[0]]
+    for file in sorted(folder.rglob('*.json')):
+        try: json.loads(file.read_text(encoding='utf-8'))
+        except ValueError as e:
+            raise ValueError(f'{file.relative_to(folder)} in {folder} is cut short or damaged ({e}). '
+                             'Copy the folder again.') from None
+    listed = json.loads(listing.read_text())
+    if not isinstance(listed, dict) or listed.get('_class_name')!=StableDiffusionPipeline.__name__:
+        raise ValueError(f'{listing} does not describe a {StableDiffusionPipeline.__name__}. The course needs one.')
+    parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
     if missing := [k for k in parts if not (folder/k).is_dir()]:
         raise ValueError(f'{folder} lacks {", ".join(missing)}, which {listing.name} names. Copy the folder again.')
     for file in sorted(folder.rglob('*.safetensors')):
@@ -85,18 +96,19 @@ def _check_folder(
                              'Copy the folder again.') from None
     return folder
 
-# %% ../nbs/01_text_to_image.ipynb #8edab340
+# %% ../nbs/01_text_to_image.ipynb #43815918
 def _find_model(
     name: str | Path, # "embedded", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4"
 ) -> Path | str:
     "The folder or hub id that a name stands for. ValueError for neither, and for a folder without a pipeline."
+    if not isinstance(name, str | Path): raise TypeError(f'name={name!r} is not a name. Give a string or a path.')
     if str(name)==EMBEDDED: return _check_folder(embedded_folder())
     if str(name) and Path(name).is_dir(): return _check_folder(Path(name))
     if re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(name)): return str(name)
-    raise ValueError(f'name={str(name)!r} is no model: there is no such folder, and a hub id reads "owner/model". '
+    raise ValueError(f'name={str(name)!r} is not a model: there is no such folder, and a hub id reads "owner/model". '
                      f'Use "{EMBEDDED}", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4".')
 
-# %% ../nbs/01_text_to_image.ipynb #f68dadf3
+# %% ../nbs/01_text_to_image.ipynb #6171f1ed
 def load_pipeline(
     name: str | Path = EMBEDDED,               # "embedded", a folder, or a hub id
     device: torch.device | str | None = None,  # default: the best there is
@@ -105,58 +117,55 @@ def load_pipeline(
 ) -> StableDiffusionPipeline:
     "A pipeline by name. ValueError for a wrong name or a broken folder, ConnectionError if the hub gives nothing."
     where, device = _find_model(name), _device(device)
+    dtype = best_dtype(device) if dtype is None else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f'dtype={dtype!r} is not a floating-point type. Give torch.float16, say, or leave it out.')
     options = {} if safety_checker else dict(safety_checker=None, requires_safety_checker=False)
     try:
         with _quiet():
-            pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype or best_dtype(device), **options)
-    except OSError as e:
-        why = str(e).strip().split('\n')[0]
+            pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype, **options)
+    except Exception as e:
         if isinstance(where, Path):
-            raise ValueError(f'{where} could not be loaded ({why}). Copy the folder again.') from None
-        raise ConnectionError(f'name={str(name)!r} could not be had from the hub ({why}). Check the name '
-                              f'and the network; name="{EMBEDDED}" needs none.') from None
+            why = f'{str(e).strip()} '.splitlines()[0]
+            raise ValueError(f'{where} could not be loaded ({why.strip()}). Copy the folder again.') from None
+        if not isinstance(e, OSError): raise
+        raise ConnectionError(f'name={str(name)!r} could not be fetched from the hub, and there is no such folder '
+                              f'here. Check the name and the network; name="{EMBEDDED}" needs none.') from None
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     return pipe.to(device)
 
-# %% ../nbs/01_text_to_image.ipynb #b6216f7c
+# %% ../nbs/01_text_to_image.ipynb #1a6f05a6
 def generators(
     seeds: Sequence[int], # one for each picture
 ) -> list[torch.Generator]:
     "One generator for each picture; on the CPU, so that a seed means the same noise on every device."
     return [torch.Generator('cpu').manual_seed(seed) for seed in seeds]
 
-# %% ../nbs/01_text_to_image.ipynb #3ee27b2e
-def _whole(name: str, value, least: int, most: int, such: str) -> int:
-    "The value as an int. TypeError if it is no whole number, ValueError if it is out of range."
-    try: value = index(value)
-    except TypeError: raise TypeError(f'{name}={value!r} is no whole number. Give one, such as {such}.') from None
-    if not least<=value<=most: raise ValueError(f'{name}={value}: give a number from {least} to {most}, such as {such}.')
-    return value
-
-# %% ../nbs/01_text_to_image.ipynb #b761e73e
-def _check_size(pipe: StableDiffusionPipeline, **sides: int | None):
-    "ValueError for a height or width that the autoencoder cannot make."
+# %% ../nbs/01_text_to_image.ipynb #92b4738a
+def _sides(pipe: StableDiffusionPipeline, **sides: int | None) -> dict[str, int]:
+    "Each side, or what the model was trained for. An error for one that the autoencoder cannot make."
     factor = pipe.vae_scale_factor
     for name, side in sides.items():
-        if side is None: continue
-        side, near = _whole(name, side, factor, 8192, '512'), max(factor, round(side/factor)*factor)
+        if side is None: sides[name] = side = pipe.unet.config.sample_size*factor
+        near = max(factor, round(whole_number(name, side, factor)/factor)*factor)
         if side%factor: raise ValueError(f'{name}={side} is not a multiple of {factor}, the size of one latent. Try {name}={near}.')
+    return sides
 
-# %% ../nbs/01_text_to_image.ipynb #b4350747
+# %% ../nbs/01_text_to_image.ipynb #e38e5bdf
 def _pair_up(prompt: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:
     "As many prompts as seeds: a single one of either goes with all of the other. An error if they do not pair up."
-    prompts = [prompt] if isinstance(prompt, str) else list(prompt) if isinstance(prompt, Sequence) else [prompt]
+    several = lambda x: isinstance(x, Iterable) and not isinstance(x, str | bytes)
+    prompts, seeds = (list(x) if several(x) else [x] for x in (prompt, seeds))
     for p in prompts:
-        if not isinstance(p, str): raise TypeError(f'prompt={p!r} is no text. Give a string, or a list of strings.')
-    seeds = list(seeds) if isinstance(seeds, Iterable) and not isinstance(seeds, str) else [seeds]
-    seeds = [_whole('seeds', seed, 0, 2**63-1, '0') for seed in seeds]
+        if not isinstance(p, str): raise TypeError(f'prompt={p!r} is not text. Give a string, or a list of strings.')
+    seeds = [whole_number('seeds', seed, 0) for seed in seeds]
     n = max(len(prompts), len(seeds))
     if not prompts or not seeds: raise ValueError('prompt and seeds: give at least one of each.')
     if {len(prompts), len(seeds)} - {1, n}:
         raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds do not pair up: give as many of each, or one.')
     return prompts*(n//len(prompts)), seeds*(n//len(seeds))
 
-# %% ../nbs/01_text_to_image.ipynb #fad099de
+# %% ../nbs/01_text_to_image.ipynb #c86d4283
 def text_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
@@ -169,16 +178,19 @@ def text_to_image(
     batch_size: int = 8,                 # pictures computed at a time
 ) -> list[Image.Image]:
     "A picture for each prompt and seed, independent of the others. ValueError or TypeError for a wrong argument."
-    _whole('num_inference_steps', num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps, '50')
-    _whole('batch_size', batch_size, 1, 1024, '8')
-    _check_size(pipe, height=height, width=width)
-    prompts, seeds = _pair_up(prompt, seeds)
+    if not isinstance(pipe, StableDiffusionPipeline):
+        raise TypeError(f'pipe={pipe!r} is not a pipeline. Give what load_pipeline() returns.')
     if not isinstance(negative_prompt, str | None):
-        raise TypeError(f'negative_prompt={negative_prompt!r} is no text. Give one string, for all pictures.')
+        raise TypeError(f'negative_prompt={negative_prompt!r} is not text. Give one string, for all pictures.')
+    whole_number('num_inference_steps', num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
+    whole_number('batch_size', batch_size, 1)
+    real_number('guidance_scale', guidance_scale)
+    size = _sides(pipe, height=height, width=width)
+    prompts, seeds = _pair_up(prompt, seeds)
     pictures = []
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i:i+batch_size]
-        pictures += pipe(batch, negative_prompt=negative_prompt and [negative_prompt]*len(batch),
-                         generator=generators(seeds[i:i+batch_size]), num_inference_steps=num_inference_steps,
-                         guidance_scale=guidance_scale, height=height, width=width).images
+        negative = None if negative_prompt is None else [negative_prompt]*len(batch)
+        pictures += pipe(batch, negative_prompt=negative, generator=generators(seeds[i:i+batch_size]),
+                         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **size).images
     return pictures

@@ -104,8 +104,9 @@ def test_batch_does_not_matter(pipe):
 
 @pytest.mark.parametrize('wrong, words', [
     (dict(num_inference_steps=0), 'num_inference_steps=0'), (dict(num_inference_steps=1001), 'from 1 to 1000'),
+    (dict(guidance_scale='3'), "guidance_scale='3'"), (dict(guidance_scale=float('nan')), 'guidance_scale=nan'),
     (dict(num_inference_steps='10'), "num_inference_steps='10'"), (dict(num_inference_steps=2.5), 'num_inference_steps=2.5'),
-    (dict(width=100), 'width=100.*multiple of 8.*width=96'), (dict(height=-8), 'height=-8'), (dict(height='8'), "height='8'"),
+    (dict(width=100), 'width=100.*multiple of 8.*width=96'), (dict(height=-8), 'height=-8'), (dict(prompt=b'abc'), 'prompt=b'), (dict(seeds=True), 'seeds=True'), (dict(height='8'), "height='8'"),
     (dict(prompt=[]), 'at least one'), (dict(prompt=None), 'prompt=None'), (dict(prompt=['a', 3]), 'prompt=3'),
     (dict(prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up'), (dict(seeds='abc'), "seeds='abc'"), (dict(seeds=1.5), 'seeds=1.5'),
     (dict(seeds=-1), 'seeds=-1'), (dict(batch_size=0), 'batch_size=0'), (dict(negative_prompt=['red']), 'negative_prompt=')])
@@ -127,6 +128,49 @@ def test_unknown_name(name):
 def test_hub_unreachable(tmp_path, monkeypatch):
     "With no network a hub id ends in one clear line, which says that the embedded model needs none."
     with pytest.raises(ConnectionError, match='someone/nothing.*network.*embedded'): load_pipeline('someone/nothing', device='cpu')
+
+
+@pytest.mark.parametrize('dtype', ['float16', 16, torch.int32])
+def test_wrong_dtype(dtype):
+    with pytest.raises(TypeError, match='dtype='): load_pipeline(device='cpu', dtype=dtype)
+
+
+@pytest.mark.parametrize('name', [None, 5])
+def test_name_of_wrong_type(name):
+    with pytest.raises(TypeError, match=f'name={name}'): load_pipeline(name)
+
+
+@pytest.mark.parametrize('wrong', [None, 'embedded'])
+def test_no_pipeline(wrong):
+    with pytest.raises(TypeError, match='pipe=.*load_pipeline'): text_to_image(wrong, 'a bell')
+
+
+@pytest.mark.parametrize('sides, size', [(dict(height=64), (128, 64)), (dict(width=192), (192, 128)), (dict(height=64, width=72), (72, 64))])
+def test_sides(pipe, sides, size):
+    "A side that is not given is the model's own."
+    assert text_to_image(pipe, 'a bell', num_inference_steps=1, **sides)[0].size == size
+
+
+def test_negative_prompt(pipe):
+    "An empty negative prompt is the same as none; another one changes the picture."
+    none, empty, red = (text_to_image(pipe, 'a bell', num_inference_steps=4, negative_prompt=n)[0] for n in (None, '', 'red heart'))
+    assert max_difference(none, empty) == 0 < max_difference(none, red)
+
+
+@pytest.mark.parametrize('file', ['model_index.json', 'unet/config.json', 'tokenizer/vocab.json', 'tokenizer/merges.txt'])
+def test_cut_short(tmp_path, file):
+    "Whatever file of a folder is cut short, the folder is named and the remedy given."
+    shutil.copytree(embedded_folder(), tmp_path/'copy')
+    whole = (tmp_path/'copy'/file).read_bytes()
+    (tmp_path/'copy'/file).write_bytes(whole[:len(whole)//2])
+    with pytest.raises(ValueError, match='copy.*Copy the folder again'): load_pipeline(tmp_path/'copy', device='cpu')
+
+
+def test_another_kind_of_pipeline(small):
+    "A pipeline of another class is refused."
+    index = json.loads((small/'model_index.json').read_text())
+    (small/'model_index.json').write_text(json.dumps(index | {'_class_name': 'StableDiffusionXLPipeline'}))
+    with pytest.raises(ValueError, match='does not describe'): load_pipeline(small)
 
 
 def test_folder_without_pipeline(tmp_path):

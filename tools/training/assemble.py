@@ -43,7 +43,7 @@ def save_slice(folder):
 def save_half(old, new):
     "A tower's weights in half precision."
     new.parent.mkdir(parents=True, exist_ok=True)
-    save_file({k: v.half() for k, v in load_file(old).items()}, new, metadata=dict(side=str(text.SIDE), width=str(text.WIDTH)))
+    save_file({k: v.half() for k, v in load_file(old).items()}, new, metadata=dict(side=str(text.SIDE)))
 
 def table(header, rows): return '\n'.join(['| ' + ' | '.join(map(str, r)) + ' |' for r in (header, ['---']*len(header), *rows)])
 

@@ -97,8 +97,8 @@ def pack(entries: list[dict], pictures: list[bytes], path: Path):
     "Write the zip of pictures with its list `metadata.jsonl`, atomically."
     path.parent.mkdir(parents=True, exist_ok=True); part = path.with_suffix('.part')
     with zipfile.ZipFile(part, 'w') as z:
-        for e, p in zip(entries, pictures): z.writestr(e['file_name'], p)
-        z.writestr('metadata.jsonl', '\n'.join(map(json.dumps, entries)))
+        for e, p in zip(entries, pictures): z.writestr(zipfile.ZipInfo(e['file_name']), p)
+        z.writestr(zipfile.ZipInfo('metadata.jsonl'), '\n'.join(map(json.dumps, entries)))
     part.replace(path)
 
 def unpack(path: Path = PICTURES) -> tuple[list[dict], torch.Tensor]:

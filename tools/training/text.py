@@ -104,7 +104,7 @@ def main():
         kept = zero_unused(model.text, tokenizer, [entries[i] for i in keep])
         model.text.save_pretrained(folder/'text_encoder')
         rest = {k: v.contiguous() for k, v in model.state_dict().items() if not k.startswith('text.')}
-        save_file(rest, folder/'picture_tower.safetensors', metadata=dict(side=str(SIDE), width=str(WIDTH)))
+        save_file(rest, folder/'picture_tower.safetensors', metadata=dict(side=str(SIDE)))
         (folder/'record.json').write_text(json.dumps(dict(steps=a.steps, pairs=a.steps*a.batch, pictures=len(keep), tokens=kept), indent=1))
 
 if __name__=='__main__': main()
