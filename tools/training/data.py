@@ -1,5 +1,5 @@
 """Pictures and captions from the package registries: fetch, check, rasterise, name, pack into one zip. Run: `make data`."""
-import base64, hashlib, io, json, random, re, subprocess, sys, tarfile, tomllib, unicodedata, zipfile
+import base64, hashlib, io, json, random, re, shutil, subprocess, sys, tarfile, tomllib, unicodedata, zipfile
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ def fetch(package: str, version: str, integrity: str, **_) -> Path:
     if not list(folder.glob('*')):
         client = (['npm', 'pack', '--silent', '--pack-destination', str(folder), f'{package}@{version}'] if kind=='sha512' else
                   [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), f'{package}=={version}'])
+        if not shutil.which(client[0]): raise FileNotFoundError(f'{client[0]} is not installed: it fetches {package} from its registry.')
         subprocess.run(client, check=True, stdout=subprocess.DEVNULL)
     file = next(folder.glob('*'))
     found = hashlib.new(kind, file.read_bytes())
