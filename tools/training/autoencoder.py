@@ -60,8 +60,8 @@ def measure_latents(vae, pixels):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--crop-steps', type=int, default=4500); p.add_argument('--crop-batch', type=int, default=16)
-    p.add_argument('--steps', type=int, default=900, help='steps on whole pictures'); p.add_argument('--batch', type=int, default=8)
+    p.add_argument('--crop-steps', type=int, default=3900); p.add_argument('--crop-batch', type=int, default=16)
+    p.add_argument('--steps', type=int, default=800, help='steps on whole pictures'); p.add_argument('--batch', type=int, default=8)
     p.add_argument('--lr', type=float, default=1.5e-3); p.add_argument('--precision', default='bf16', choices=['no', 'bf16'])
     p.add_argument('--decay', type=float, default=.4); p.add_argument('--folder', type=Path, default=FOLDER)
     a = p.parse_args(); acc = accelerator(a.precision)

@@ -1,5 +1,5 @@
-"""The UNet, on frozen latents and frozen text states: predict the noise. A few things first, then more: `--stages 24:1500 100:12000`
-is 24 things up to step 1500, then 100 things up to step 12000. Run: `make train-diffusion`."""
+"""The UNet, on frozen latents and frozen text states: predict the noise. A few things first, then more: `--stages 24:1500 100:12500`
+is 24 things up to step 1500, then 100 things up to step 12500. Run: `make train-diffusion`."""
 import argparse, json, random
 from pathlib import Path
 import torch
@@ -25,7 +25,7 @@ def stage_of(step: int, stages: list[tuple[int, int]]) -> int:
     return next(n for n, end in stages if step<end)
 
 @torch.no_grad()
-def latents(vae, rgba, batch=32, seed=0, device='cpu'):
+def latents(vae, rgba, seed=0, device='cpu'):
     "Scaled latents (pictures, VARIANTS + colours, 4, 16, 16): small random placings on white, then one on each colour."
     g, palette = torch.Generator().manual_seed(seed), data.palette()
     colours = torch.cat([palette[:1].expand(VARIANTS, 3), palette[1:]])
@@ -94,7 +94,7 @@ def draw_prompts(pipe, captions, steps=25, guidance=3., batch=24):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--stages', nargs='+', default=['24:1500', '100:14000'], help='things:last step')
+    p.add_argument('--stages', nargs='+', default=['24:1500', '100:12500'], help='things:last step')
     p.add_argument('--batch', type=int, default=16); p.add_argument('--lr', type=float, default=1e-3)
     p.add_argument('--decay', type=float, default=.3); p.add_argument('--coloured', type=float, default=.15)
     p.add_argument('--init', type=Path, help='folder of a UNet to start from'); p.add_argument('--report-every', type=int, default=500)

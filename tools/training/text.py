@@ -78,7 +78,7 @@ def zero_unused(text, tokenizer, entries):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--steps', type=int, default=600); p.add_argument('--batch', type=int, default=256)
+    p.add_argument('--steps', type=int, default=550); p.add_argument('--batch', type=int, default=256)
     p.add_argument('--lr', type=float, default=1e-3); p.add_argument('--precision', default='no', choices=['no', 'bf16'])
     p.add_argument('--favour', type=float, default=3.); p.add_argument('--judge', action='store_true'); a = p.parse_args()
     folder, seed = (JUDGE, 1) if a.judge else (FOLDER, 0)
