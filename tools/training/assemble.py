@@ -37,7 +37,9 @@ def save_slice(folder):
     "The first things in every style, and the picture tower with its projection and temperature, in half precision."
     entries, rgba = data.unpack()
     use = [i for i, e in enumerate(entries) if e['thing'] in data.things(SLICE_THINGS)]
-    with data.zipfile.ZipFile(data.PICTURES) as z: data.pack([entries[i] for i in use], [z.read(entries[i]['file_name']) for i in use], folder/'pictures.zip')
+    unseen = lambda e: data.is_held_out(e) or e['style'] not in data.STYLES
+    with data.zipfile.ZipFile(data.PICTURES) as z:
+        data.pack([dict(entries[i], held_out=unseen(entries[i])) for i in use], [z.read(entries[i]['file_name']) for i in use], folder/'pictures.zip')
     save_half(text.FOLDER/'picture_tower.safetensors', folder/'picture_tower.safetensors')
 
 def save_half(old, new):
