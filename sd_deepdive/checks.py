@@ -7,13 +7,13 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checks.html.md"""
 # %% auto #0
 __all__ = ['whole_number', 'real_number', 'side', 'texts', 'pair_up', 'enough_memory']
 
-# %% ../nbs/00_checks.ipynb #ffacad74
+# %% ../nbs/00_checks.ipynb #2b868bae
 from collections.abc import Iterable
 from contextlib import contextmanager
 from math import isfinite
 from numbers import Integral, Real
 
-# %% ../nbs/00_checks.ipynb #dab68140
+# %% ../nbs/00_checks.ipynb #dcbb2c50
 def whole_number(
     name: str,               # of the argument
     value,                   # what was given for it
@@ -28,7 +28,7 @@ def whole_number(
         raise ValueError(f'{name}={value} is out of range. Give a whole number {limits}.')
     return int(value)
 
-# %% ../nbs/00_checks.ipynb #d54182aa
+# %% ../nbs/00_checks.ipynb #23aa59c8
 def real_number(
     name: str,    # of the argument
     value,        # what was given for it
@@ -39,7 +39,7 @@ def real_number(
     if not isfinite(value): raise ValueError(f'{name}={value} is not finite. Give a number such as 3.0.')
     return float(value)
 
-# %% ../nbs/00_checks.ipynb #014a2a8f
+# %% ../nbs/00_checks.ipynb #6a72ba19
 def side(
     name: str,    # of the argument
     value,        # pixels
@@ -52,7 +52,7 @@ def side(
         raise ValueError(f'{name}={pixels} is not a multiple of {factor}, the size of one latent. Try {name}={near}.')
     return pixels
 
-# %% ../nbs/00_checks.ipynb #fb0e5619
+# %% ../nbs/00_checks.ipynb #db312d06
 def texts(
     name: str,  # of the argument
     value,      # one text or several
@@ -64,18 +64,18 @@ def texts(
     if not values: raise ValueError(f'{name} is empty: give at least one.')
     return values
 
-# %% ../nbs/00_checks.ipynb #9589a5b0
+# %% ../nbs/00_checks.ipynb #38e72968
 def pair_up(
     **values: list, # by name; each of one entry, or of as many as the longest
 ) -> list[list]:
     "The lists, all as long as the longest. ValueError if they do not pair up."
     n = max(map(len, values.values()))
-    if {len(v) for v in values.values()} - {1, n}:
-        counts = ' and '.join(f'{len(v)} {name}' for name, v in values.items())
+    if {len(v) for v in values.values()} - {1, n}:   # one that is empty pairs up with nothing
+        counts = ' and '.join(f'{len(v)} {name}' for name, v in values.items() if len(v)!=1)
         raise ValueError(f'{counts} do not pair up: give as many of each, or one.')
     return [v*(n//len(v)) for v in values.values()]
 
-# %% ../nbs/00_checks.ipynb #00637ae8
+# %% ../nbs/00_checks.ipynb #a9a84f45
 @contextmanager
 def enough_memory(
     lower: str, # what to change when there is not

@@ -7,25 +7,25 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_to_image.html.md"""
 # %% auto #0
 __all__ = ['EMBEDDED', 'embedded_folder', 'best_device', 'best_dtype', 'load_pipeline', 'generators', 'text_to_image']
 
-# %% ../nbs/01_text_to_image.ipynb #2b5a99e9
-import json, re
+# %% ../nbs/01_text_to_image.ipynb #8721bcc9
+import json, re, reprlib
 import diffusers, transformers
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from .checks import real_number, whole_number
+from .checks import enough_memory, pair_up, real_number, side, texts, whole_number
 
-# %% ../nbs/01_text_to_image.ipynb #bef1f319
+# %% ../nbs/01_text_to_image.ipynb #c1353e4f
 EMBEDDED = 'embedded'   # the name of the model that ships with the package
 
 def embedded_folder() -> Path:
     "The folder of the model that ships with the package: a pipeline as diffusers saves it."
     return Path(str(files('sd_deepdive')/'embedded'))
 
-# %% ../nbs/01_text_to_image.ipynb #903ba620
+# %% ../nbs/01_text_to_image.ipynb #64a6944b
 @contextmanager
 def _quiet():
     """No bars and no remarks while files are loaded that are here already; a download still shows its own bar.
@@ -39,19 +39,19 @@ def _quiet():
             log.set_verbosity(verbosity)
             if bar: log.enable_progress_bar()
 
-# %% ../nbs/01_text_to_image.ipynb #5fd6bab3
+# %% ../nbs/01_text_to_image.ipynb #0dde070b
 with _quiet(): from diffusers import StableDiffusionPipeline
 
-# %% ../nbs/01_text_to_image.ipynb #9254efe6
+# %% ../nbs/01_text_to_image.ipynb #d49a7eae
 import torch
 
-# %% ../nbs/01_text_to_image.ipynb #c5c2f1d8
+# %% ../nbs/01_text_to_image.ipynb #102dd3b1
 def best_device() -> torch.device:
     "Where to compute: on a CUDA GPU if there is one, else on Apple's (mps), else on the CPU."
     if torch.cuda.is_available(): return torch.device('cuda')
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
-# %% ../nbs/01_text_to_image.ipynb #192706ea
+# %% ../nbs/01_text_to_image.ipynb #ecff647c
 def _device(device: torch.device | str | None) -> torch.device:
     "The device asked for, or the best one. ValueError for a name that is none, or for a device that is not there."
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
@@ -62,14 +62,14 @@ def _device(device: torch.device | str | None) -> torch.device:
     if not there[found.type]: raise ValueError(f'device={str(device)!r} is not available on this machine. Leave it out to take the best.')
     return found
 
-# %% ../nbs/01_text_to_image.ipynb #7f5dd1c1
+# %% ../nbs/01_text_to_image.ipynb #15b6a1d4
 def best_dtype(
     device: torch.device, # where the model computes
 ) -> torch.dtype:
     "Half precision on a CUDA GPU, single precision elsewhere."
     return torch.float16 if torch.device(device).type=='cuda' else torch.float32
 
-# %% ../nbs/01_text_to_image.ipynb #737d7c2d
+# %% ../nbs/01_text_to_image.ipynb #ef10bc4b
 def _check_folder(
     folder: Path, # where `save_pretrained` wrote a pipeline
 ) -> Path:
@@ -96,7 +96,7 @@ def _check_folder(
                              'Copy the folder again.') from None
     return folder
 
-# %% ../nbs/01_text_to_image.ipynb #43815918
+# %% ../nbs/01_text_to_image.ipynb #de93a3cd
 def _find_model(
     name: str | Path, # "embedded", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4"
 ) -> Path | str:
@@ -108,7 +108,7 @@ def _find_model(
     raise ValueError(f'name={str(name)!r} is not a model: there is no such folder, and a hub id reads "owner/model". '
                      f'Use "{EMBEDDED}", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4".')
 
-# %% ../nbs/01_text_to_image.ipynb #6171f1ed
+# %% ../nbs/01_text_to_image.ipynb #a452065c
 def load_pipeline(
     name: str | Path = EMBEDDED,               # "embedded", a folder, or a hub id
     device: torch.device | str | None = None,  # default: the best there is
@@ -134,63 +134,40 @@ def load_pipeline(
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     return pipe.to(device)
 
-# %% ../nbs/01_text_to_image.ipynb #1a6f05a6
+# %% ../nbs/01_text_to_image.ipynb #5d4d85f9
 def generators(
     seeds: Sequence[int], # one for each picture
 ) -> list[torch.Generator]:
     "One generator for each picture; on the CPU, so that a seed means the same noise on every device."
     return [torch.Generator('cpu').manual_seed(seed) for seed in seeds]
 
-# %% ../nbs/01_text_to_image.ipynb #92b4738a
-def _sides(pipe: StableDiffusionPipeline, **sides: int | None) -> dict[str, int]:
-    "Each side, or what the model was trained for. An error for one that the autoencoder cannot make."
-    factor = pipe.vae_scale_factor
-    for name, side in sides.items():
-        if side is None: sides[name] = side = pipe.unet.config.sample_size*factor
-        near = max(factor, round(whole_number(name, side, factor)/factor)*factor)
-        if side%factor: raise ValueError(f'{name}={side} is not a multiple of {factor}, the size of one latent. Try {name}={near}.')
-    return sides
-
-# %% ../nbs/01_text_to_image.ipynb #e38e5bdf
-def _pair_up(prompt: str | Sequence[str], seeds: int | Sequence[int]) -> tuple[list[str], list[int]]:
-    "As many prompts as seeds: a single one of either goes with all of the other. An error if they do not pair up."
-    several = lambda x: isinstance(x, Iterable) and not isinstance(x, str | bytes)
-    prompts, seeds = (list(x) if several(x) else [x] for x in (prompt, seeds))
-    for p in prompts:
-        if not isinstance(p, str): raise TypeError(f'prompt={p!r} is not text. Give a string, or a list of strings.')
-    seeds = [whole_number('seeds', seed, 0) for seed in seeds]
-    n = max(len(prompts), len(seeds))
-    if not prompts or not seeds: raise ValueError('prompt and seeds: give at least one of each.')
-    if {len(prompts), len(seeds)} - {1, n}:
-        raise ValueError(f'{len(prompts)} prompts and {len(seeds)} seeds do not pair up: give as many of each, or one.')
-    return prompts*(n//len(prompts)), seeds*(n//len(seeds))
-
-# %% ../nbs/01_text_to_image.ipynb #c86d4283
+# %% ../nbs/01_text_to_image.ipynb #366493e5
 def text_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
     seeds: int | Sequence[int] = 0,      # one seed, or one for each picture
     num_inference_steps: int = 25,       # how often the UNet is asked
     guidance_scale: float = 3.,          # how strictly the prompt is followed: the next lesson
-    negative_prompt: str | None = None,  # what should not be seen, for all pictures: the next lesson too
+    negative_prompt: str | Sequence[str] | None = None,  # what should not be seen: the next lesson too
     height: int | None = None,           # pixels; default: what the model was trained for
     width: int | None = None,
     batch_size: int = 8,                 # pictures computed at a time
 ) -> list[Image.Image]:
     "A picture for each prompt and seed, independent of the others. ValueError or TypeError for a wrong argument."
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError(f'pipe={pipe!r} is not a pipeline. Give what load_pipeline() returns.')
-    if not isinstance(negative_prompt, str | None):
-        raise TypeError(f'negative_prompt={negative_prompt!r} is not text. Give one string, for all pictures.')
+        raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. Give what load_pipeline() returns.')
     whole_number('num_inference_steps', num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
-    whole_number('batch_size', batch_size, 1)
-    real_number('guidance_scale', guidance_scale)
-    size = _sides(pipe, height=height, width=width)
-    prompts, seeds = _pair_up(prompt, seeds)
+    whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
+    usual = pipe.unet.config.sample_size*pipe.vae_scale_factor
+    size = {name: side(name, usual if value is None else value, pipe.vae_scale_factor)
+            for name, value in dict(height=height, width=width).items()}
+    seeds = [whole_number('seeds', s, 0) for s in (seeds if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [seeds])]
+    prompts, seeds, negative = pair_up(prompts=texts('prompt', prompt), seeds=seeds,
+                                       negative_prompts=texts('negative_prompt', negative_prompt or ''))
     pictures = []
     for i in range(0, len(prompts), batch_size):
-        batch = prompts[i:i+batch_size]
-        negative = None if negative_prompt is None else [negative_prompt]*len(batch)
-        pictures += pipe(batch, negative_prompt=negative, generator=generators(seeds[i:i+batch_size]),
-                         num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **size).images
+        one = slice(i, i + batch_size)
+        with enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
+            pictures += pipe(prompts[one], negative_prompt=negative[one], generator=generators(seeds[one]),
+                             num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **size).images
     return pictures
