@@ -7,32 +7,34 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/guidance.html.md"""
 # %% auto #0
 __all__ = ['guide', 'watch_unet']
 
-# %% ../nbs/02_guidance.ipynb #56b64f2b
+# %% ../nbs/02_guidance.ipynb #621450a7
 from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import Tensor
 from .checks import real_number
 
-# %% ../nbs/02_guidance.ipynb #a636f47f
+# %% ../nbs/02_guidance.ipynb #4500cc38
 def guide(
     uncond: Tensor,         # noise predicted without the prompt, or for the negative prompt
     text: Tensor,           # noise predicted for the prompt, same shape
     guidance_scale: float,  # g: 0 ignores the prompt, 1 takes it plainly, more exaggerates it
 ) -> Tensor:
-    "The guided prediction, uncond + g (text - uncond). Ho and Salimans 2022, arXiv:2207.12598. ValueError for two shapes."
+    """The guided prediction, uncond + g (text - uncond). Ho and Salimans 2022, arXiv:2207.12598.
+    ValueError for two shapes or a g that is not finite."""
     real_number('guidance_scale', guidance_scale)
     if uncond.shape!=text.shape:
         raise ValueError(f'uncond has shape {tuple(uncond.shape)} and text {tuple(text.shape)}: '
                          'give two predictions for the same latents.')
     return uncond + guidance_scale*(text - uncond)
 
-# %% ../nbs/02_guidance.ipynb #cda32f69
+# %% ../nbs/02_guidance.ipynb #1544b14b
 @contextmanager
 def watch_unet(
     pipe, # a pipeline, or anything else with a `unet`
 ) -> Iterator[list[Tensor]]:
     "While open, collect what the UNet predicts: one tensor for each call, (rows, channels, height, width)."
     predictions = []
-    hook = pipe.unet.register_forward_hook(lambda unet, inputs, outputs: predictions.append(outputs[0].detach()))
+    note = lambda unet, inputs, outputs: predictions.append(outputs[0].detach())
+    hook = pipe.unet.register_forward_hook(note)
     try: yield predictions
     finally: hook.remove()

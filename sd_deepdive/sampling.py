@@ -1,4 +1,4 @@
-"""Stable Diffusion written by hand: one loop, cell by cell, then as functions, equal to the library
+"""Stable Diffusion put together by hand: cell by cell, then as functions, equal to the library at every step
 
 Docs: https://sd-deepdive.github.io/sd_deepdive/loop.html.md"""
 
@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/loop.html.md"""
 # %% auto #0
 __all__ = ['make_noise', 'start_latents', 'ask_unet', 'Step', 'denoise', 'make_samples']
 
-# %% ../nbs/10_loop.ipynb #2d32aa85
+# %% ../nbs/10_loop.ipynb #d86fdf9b
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import torch
@@ -23,7 +23,7 @@ from .prediction import predict_x0
 from .schedule import alpha_bar_at, begin
 from .text import text_enc
 
-# %% ../nbs/10_loop.ipynb #ebf43246
+# %% ../nbs/10_loop.ipynb #629d7d0a
 def make_noise(
     parts: Parts,
     seeds: int | Sequence[int],   # one for each picture
@@ -37,7 +37,7 @@ def make_noise(
     noise = [torch.randn(shape, generator=g, dtype=parts.dtype) for g in generators([whole_number('seeds', s, 0) for s in seeds])]
     return torch.cat(noise).to(parts.device)
 
-# %% ../nbs/10_loop.ipynb #b82ad3aa
+# %% ../nbs/10_loop.ipynb #1f53438a
 def start_latents(
     parts: Parts,
     noise: Tensor,               # (B, 4, h, w), from `make_noise`
@@ -50,7 +50,7 @@ def start_latents(
     if init is None: return noise*scheduler.init_noise_sigma
     return scheduler.add_noise(init, noise, timesteps[:1])
 
-# %% ../nbs/10_loop.ipynb #383130df
+# %% ../nbs/10_loop.ipynb #b4bffad4
 def ask_unet(
     parts: Parts,
     x_t: Tensor,             # (B, 4, h, w), noisy latents
@@ -65,7 +65,7 @@ def ask_unet(
     if guidance_scale==0: return ask(x_t, uncond)
     return guide(*ask(torch.cat([x_t, x_t]), torch.cat([uncond, text])).chunk(2), guidance_scale)
 
-# %% ../nbs/10_loop.ipynb #1a7ac74c
+# %% ../nbs/10_loop.ipynb #83dbdbf2
 @dataclass
 class Step:
     "One step of the loop."
@@ -76,7 +76,7 @@ class Step:
     x0: Tensor        # the clean latents that this prediction means
     latents: Tensor   # what the scheduler made of it. Assign to it, and the loop goes on from there
 
-# %% ../nbs/10_loop.ipynb #7fe5653a
+# %% ../nbs/10_loop.ipynb #a7f342f9
 @torch.no_grad()
 def denoise(
     parts: Parts,
@@ -98,12 +98,12 @@ def denoise(
         yield (step := Step(i, t, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
         latents = step.latents
 
-# %% ../nbs/10_loop.ipynb #2ab234ad
+# %% ../nbs/10_loop.ipynb #4c58ceb4
 def _several(value) -> list:
     "A list of one or several."
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
-# %% ../nbs/10_loop.ipynb #5e8d5284
+# %% ../nbs/10_loop.ipynb #e398bfd5
 @torch.no_grad()
 def make_samples(
     parts: Parts,
@@ -119,11 +119,12 @@ def make_samples(
     batch_size: int = 8,                       # pictures computed at a time
 ) -> Tensor:
     "Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed. TypeError, ValueError or MemoryError, in words."
-    whole_number('batch_size', batch_size, 1)
+    whole_number('batch_size', batch_size, 1); whole_number('steps', steps, 1); real_number('g', g)
+    seed = [whole_number('seed', s, 0) for s in _several(seed)]
     if init_img is None and start_step: raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
     if init_img is not None and (height or width): raise ValueError('height and width are those of init_img: leave them out.')
     wishes = list(zip(*pair_up(prompts=texts('prompts', prompts), negative_prompt=texts('negative_prompt', negative_prompt or ''),
-                               seed=_several(seed), init_img=_several(init_img))))
+                               seed=seed, init_img=_several(init_img))))
     batches = [zip(*wishes[k:k + batch_size]) for k in range(0, len(wishes), batch_size)]
     pixels, bar = [], tqdm(total=len(batches)*len(begin(parts.scheduler, steps, start_step)[1]), delay=20, leave=False)
     for prompts, negative_prompt, seed, images in batches:

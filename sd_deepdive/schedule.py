@@ -7,8 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/noise_schedule.html.md"""
 # %% auto #0
 __all__ = ['SCHEDULERS', 'add_noise', 'sigma_at', 'alpha_bar_at', 'LMSScheduler', 'with_scheduler', 'begin']
 
-# %% ../nbs/08_noise_schedule.ipynb #624b4730
-from copy import deepcopy
+# %% ../nbs/08_noise_schedule.ipynb #0bf01e1d
 from dataclasses import replace
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from .parts import Parts   # before diffusers: it keeps diffusers quiet
 from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler,
                        PNDMScheduler, SchedulerMixin)
 
-# %% ../nbs/08_noise_schedule.ipynb #d3c26792
+# %% ../nbs/08_noise_schedule.ipynb #1e51ff69
 def add_noise(
     x0: Tensor,                # a clean picture, or its latents
     noise: Tensor,             # of the same shape, from a normal distribution
@@ -30,7 +29,7 @@ def add_noise(
     alpha_bar = torch.as_tensor(alpha_bar, dtype=x0.dtype, device=x0.device)
     return alpha_bar.sqrt()*x0 + (1 - alpha_bar).sqrt()*noise
 
-# %% ../nbs/08_noise_schedule.ipynb #11cc20e4
+# %% ../nbs/08_noise_schedule.ipynb #520da043
 def sigma_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
@@ -42,7 +41,7 @@ def sigma_at(
         raise ValueError(f't={t} is not a time of this schedule. Give numbers from 0 to {len(sigmas) - 1}.')
     return torch.as_tensor(np.interp(t, np.arange(len(sigmas)), sigmas))
 
-# %% ../nbs/08_noise_schedule.ipynb #a67dfca8
+# %% ../nbs/08_noise_schedule.ipynb #29837895
 def alpha_bar_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
@@ -50,21 +49,21 @@ def alpha_bar_at(
     "The share of the picture in the variance of x_t, alpha-bar = 1/(sigma^2 + 1). ValueError as `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."
     return 1/(sigma_at(scheduler, t)**2 + 1)
 
-# %% ../nbs/08_noise_schedule.ipynb #a7e0581b
+# %% ../nbs/08_noise_schedule.ipynb #ff65614b
 class LMSScheduler(LMSDiscreteScheduler):
     "K-LMS that may start in the middle: its order is never more than the history it has. Lesson 11 measures why."
     def step(self, model_output, timestep, sample, order=4, **kwargs):
         return super().step(model_output, timestep, sample, order=min(order, len(self.derivatives) + 1), **kwargs)
 
-# %% ../nbs/08_noise_schedule.ipynb #4013a1e1
+# %% ../nbs/08_noise_schedule.ipynb #52fc8223
 SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels of the model
     'PNDM': (PNDMScheduler, dict(timestep_spacing='leading', steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False)),
     'DDIM': (DDIMScheduler, dict(timestep_spacing='leading', steps_offset=1, clip_sample=False, set_alpha_to_one=False)),
-    'K-LMS': (LMSScheduler, dict(timestep_spacing='linspace')),
-    'Euler': (EulerDiscreteScheduler, dict(timestep_spacing='linspace')),
-    'DPM-Solver++': (DPMSolverMultistepScheduler, dict(timestep_spacing='linspace'))}
+    'K-LMS': (LMSScheduler, dict(timestep_spacing='linspace', steps_offset=1)),
+    'Euler': (EulerDiscreteScheduler, dict(timestep_spacing='linspace', steps_offset=1)),
+    'DPM-Solver++': (DPMSolverMultistepScheduler, dict(timestep_spacing='linspace', steps_offset=1))}
 
-# %% ../nbs/08_noise_schedule.ipynb #ffa6fa09
+# %% ../nbs/08_noise_schedule.ipynb #0c0f53dc
 def with_scheduler(
     parts: Parts,
     name: str,      # one of `SCHEDULERS`
@@ -77,7 +76,7 @@ def with_scheduler(
     levels = {k: parts.scheduler.config[k] for k in trained if k in parts.scheduler.config}
     return replace(parts, scheduler=kind(**levels, **needs | options))
 
-# %% ../nbs/08_noise_schedule.ipynb #5c20397a
+# %% ../nbs/08_noise_schedule.ipynb #8a555546
 def begin(
     scheduler: SchedulerMixin,
     num_inference_steps: int,

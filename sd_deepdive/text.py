@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_encoder.html.md"""
 # %% auto #0
 __all__ = ['cut_off', 'text_enc']
 
-# %% ../nbs/07_text_encoder.ipynb #5c972d3a
+# %% ../nbs/07_text_encoder.ipynb #2708c98b
 import warnings
 from collections.abc import Sequence
 import torch
@@ -16,18 +16,20 @@ from transformers import CLIPTokenizer
 from .checks import texts, whole_number
 from .parts import Parts
 
-# %% ../nbs/07_text_encoder.ipynb #4de1f65a
+# %% ../nbs/07_text_encoder.ipynb #26237a64
 def cut_off(
     tokenizer: CLIPTokenizer,
     prompt: str,
     max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> str:
-    "The end of a prompt that the text encoder never sees; empty if it sees all."
-    max_length = tokenizer.model_max_length if max_length is None else max_length
-    ids = tokenizer(prompt, verbose=False).input_ids[1:-1]     # without the start and the end
-    return tokenizer.decode(ids[max_length - 2:]).strip()
+    "The end of a prompt, as written, that the text encoder never sees; empty if it sees all. TypeError for no text."
+    [prompt] = texts('prompt', [prompt])
+    max_length = whole_number('max_length', tokenizer.model_max_length if max_length is None else max_length, 2)
+    places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]  # without start and end
+    lost = places[max_length - 2:]
+    return prompt[lost[0][0]:].strip() if lost else ''
 
-# %% ../nbs/07_text_encoder.ipynb #1a08a995
+# %% ../nbs/07_text_encoder.ipynb #0a64bbf0
 @torch.no_grad()
 def text_enc(
     parts: Parts,
@@ -35,10 +37,11 @@ def text_enc(
     max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> Tensor:
     "Hidden states (B, 77, D) of prompts. Warns of what is cut off; TypeError or ValueError for no text."
-    prompts, most = texts('prompts', prompts), parts.tokenizer.model_max_length
-    max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
+    most = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)
+    prompts, max_length = texts('prompts', prompts), whole_number('max_length', most if max_length is None else max_length, 2, most)
     for prompt in prompts:
         if lost := cut_off(parts.tokenizer, prompt, max_length):
-            warnings.warn(f'The prompt has more than {max_length} tokens; cut off is: "{lost}"', stacklevel=2)
+            message = f'The prompt has more than {max_length} tokens; cut off is: "{lost}"'
+            warnings.warn(message, stacklevel=3)   # the caller, past no_grad
     tokens = parts.tokenizer(prompts, padding='max_length', max_length=max_length, truncation=True, return_tensors='pt')
     return parts.text_encoder(tokens.input_ids.to(parts.device)).last_hidden_state

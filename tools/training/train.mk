@@ -6,7 +6,7 @@ ONE = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node 1 --master-port $(
 ALL = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) -m tools.training
 TRAIN_READY := $(VENV)/.train-ready
 
-.PHONY: data train-autoencoder train-text train-judge train-diffusion assemble quality
+.PHONY: data train-autoencoder train-text train-judge train-diffusion assemble quality train-word
 $(TRAIN_READY): $(READY)
 	@$(PY) -m pip install -q -c lock.txt -e .[train] && touch $@
 
@@ -24,3 +24,5 @@ assemble: $(TRAIN_READY)  ## put the trained parts, the slice of data and the mo
 	@$(PY) -m tools.training.assemble
 quality: $(TRAIN_READY)  ## the quality table: things and styles named right, between a ceiling and a floor
 	@$(PY) -m tools.training.quality
+train-word: $(READY)  ## a new word for the finished model, for lesson 04: a minute
+	@OMP_NUM_THREADS=1 $(PY) -m tools.training.word $(ARGS)

@@ -9,23 +9,25 @@ from tqdm.auto import tqdm
 from sd_deepdive.drawings import drawings
 from sd_deepdive.images import on_colour
 from sd_deepdive.latents import pil2latent
-from sd_deepdive.models import load_pipeline
-from sd_deepdive.parts import Parts, take_apart
+from sd_deepdive.parts import Parts, load_parts
 from sd_deepdive.sampling import make_samples
 from sd_deepdive.schedule import add_noise
+from sd_deepdive.text import text_enc
 from sd_deepdive.words import add_words, course_words, save_words, word_vector
-from .fit import step_generator
+from .fit import accelerator, step_generator
+from .data import WORK
 from .show import sheet
 
 TOKEN, START, COLOUR = '<lagoon>', 'blue', '#40c8be'     # the word, the known word that it starts from, what it shall mean
 THINGS = (('red apple', 'blob'), ('pizza', '3d'), ('umbrella', 'noto'), ('sunflower', 'twemoji'), ('guitar', 'twemoji'))
+SHOWN = ('octopus, 3d style', 'strawberry, flat style', 'house, twemoji style', 'tree, noto style', 'rocket, 3d style', 'panda, noto style')
 
 def train_word(
     parts: Parts,          # its tokenizer knows the token already; nothing but one row of its token table changes
     token: str,
     latents: Tensor,       # (N, 4, h, w), scaled: the pictures
     captions: list[str],   # (N,), each with the token in it
-    steps: int = 200,
+    steps: int,
     batch: int = 8,
     lr: float = .01,       # Adam's rate, falling to 0 along a line
     seed: int = 0,
@@ -53,8 +55,34 @@ def train_word(
     with torch.no_grad(): table.weight[new] = vector
     return vector.detach()
 
+@torch.no_grad()
+def noise_loss(parts: Parts, latents: Tensor, captions: list[str], times=range(20, 1000, 40)) -> float:
+    "The mean squared error of the predicted noise over times, with the same noise for whatever the captions say."
+    z, text, abar = torch.cat([latents]*len(times)), torch.cat([text_enc(parts, captions)]*len(times)), parts.scheduler.alphas_cumprod.to(parts.device)
+    t = torch.tensor(times, device=parts.device).repeat_interleave(len(latents))
+    noise = torch.randn(z.shape, generator=step_generator(1, 0)).to(parts.device)
+    x_t = add_noise(z, noise, abar[t].view(-1, 1, 1, 1))
+    return F.mse_loss(torch.cat([parts.unet(*part).sample for part in zip(x_t.split(8), t.split(8), text.split(8))]), noise).item()
+
 def examples() -> tuple[list, list[str]]:
     "The five drawings on the new colour, and their captions."
     found = [drawings(thing, style)[0] for thing, style in THINGS]
     return [on_colour(d.image, COLOUR) for d in found], [f'{d.caption}, on a {TOKEN} background' for d in found]
 
+def main():
+    p = argparse.ArgumentParser(description=__doc__)
+    p.add_argument('--steps', type=int, default=200); p.add_argument('--lr', type=float, default=.01); p.add_argument('--batch', type=int, default=8)
+    p.add_argument('--file', type=Path, default=course_words()); a = p.parse_args()
+    accelerator()       # as many threads as OMP_NUM_THREADS says
+    parts = load_parts(dtype=torch.float32); add_words(parts, {TOKEN: word_vector(parts, START)})
+    images, captions = examples(); latents = pil2latent(parts, images)
+    loss = {word: noise_loss(parts, latents, [c.replace(TOKEN, word) for c in captions]) for word in ('blue', 'green', 'turquoise')}
+    vector = train_word(parts, TOKEN, latents, captions, a.steps, a.batch, a.lr); loss[TOKEN] = noise_loss(parts, latents, captions)
+    about = (f'{a.steps} steps of {a.batch} at lr {a.lr} from {START!r}, on five held-out drawings on {COLOUR}: ' +
+             '; '.join(f'"{c}"' for c in captions) + '. For the embedded model.')
+    save_words(a.file, {TOKEN: vector}, dict(about=about))      # one entry: safetensors writes several in any order
+    print(f'{a.file.name}: {TOKEN}, loss ' + ', '.join(f'{l:.4f} with {word}' for word, l in loss.items()))
+    drawn = [f'{thing}, on a {word} background' for word in ('turquoise', START, TOKEN) for thing in SHOWN]
+    sheet(make_samples(parts, drawn, seed=[*range(len(SHOWN))]*3), len(SHOWN), WORK/'word'/'sheet.png')
+
+if __name__=='__main__': main()
