@@ -7,13 +7,13 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/guidance.html.md"""
 # %% auto #0
 __all__ = ['guide', 'watch_unet']
 
-# %% ../nbs/02_guidance.ipynb #621450a7
+# %% ../nbs/02_guidance.ipynb #585e192a
 from collections.abc import Iterator
 from contextlib import contextmanager
 from torch import Tensor
 from .checks import real_number
 
-# %% ../nbs/02_guidance.ipynb #4500cc38
+# %% ../nbs/02_guidance.ipynb #45a2ac58
 def guide(
     uncond: Tensor,         # noise predicted without the prompt, or for the negative prompt
     text: Tensor,           # noise predicted for the prompt, same shape
@@ -27,7 +27,7 @@ def guide(
                          'give two predictions for the same latents.')
     return uncond + guidance_scale*(text - uncond)
 
-# %% ../nbs/02_guidance.ipynb #1544b14b
+# %% ../nbs/02_guidance.ipynb #c4963848
 @contextmanager
 def watch_unet(
     pipe, # a pipeline, or anything else with a `unet`

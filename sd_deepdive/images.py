@@ -7,17 +7,17 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/images.html.md"""
 # %% auto #0
 __all__ = ['on_colour', 'image_grid', 'show_images', 'max_difference', 'mean_difference', 'fit_picture', 'film']
 
-# %% ../nbs/00_images.ipynb #419c5052
+# %% ../nbs/00_images.ipynb #93057c46
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from math import ceil
+from math import ceil, isfinite
 from textwrap import fill
 from IPython.display import Image as Shown
 from PIL import Image, ImageChops, ImageColor, ImageOps, ImageStat
 from matplotlib.figure import Figure
 from .checks import whole_number
 
-# %% ../nbs/00_images.ipynb #5be48dcf
+# %% ../nbs/00_images.ipynb #77f8ff68
 def on_colour(
     image: Image.Image,        # any mode
     colour: str = 'white',     # what shows through
@@ -25,15 +25,18 @@ def on_colour(
     "The picture as RGB, transparent parts laid on a colour, 16 bits reduced to 8. TypeError if it is no picture."
     if not isinstance(image, Image.Image):
         raise TypeError(f'image={image!r} is not a PIL picture. Open a file with PIL.Image.open.')
+    if not image.width*image.height: raise ValueError(f'image is {image.width} x {image.height}: it has no pixels.')
     if image.mode=='RGB': return image
     if image.mode[0] in 'IF':   # one channel of more than 8 bits: spread what is there over 0 to 255
-        image = image.convert('F'); low, high = image.getextrema(); gain = 255/max(high - low, 1e-9)
+        image = image.convert('F'); low, high = image.getextrema()
+        if not isfinite(low + high): raise ValueError('image has values that are not finite. Give one without nan.')
+        gain = 255/max(high - low, 1e-9)
         return image.point(lambda v: v*gain - low*gain).convert('RGB')
     if not image.has_transparency_data: return image.convert('RGB')
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, colour), image).convert('RGB')
 
-# %% ../nbs/00_images.ipynb #f4082e5c
+# %% ../nbs/00_images.ipynb #338ea534
 def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
@@ -46,7 +49,7 @@ def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
                             'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
-# %% ../nbs/00_images.ipynb #368086db
+# %% ../nbs/00_images.ipynb #b4033885
 def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     "Rows and columns for `n` pictures: the one follows from the other; with neither given, rows of four."
     for name, v in dict(rows=rows, cols=cols).items():
@@ -57,7 +60,7 @@ def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
         raise ValueError(f'rows={rows}, cols={cols}: the grid is too small for {n} pictures. Leave one of the two out.')
     return rows, cols
 
-# %% ../nbs/00_images.ipynb #55e0748d
+# %% ../nbs/00_images.ipynb #0245fd0f
 def image_grid(
     images: Sequence[Image.Image], # PIL pictures, all of one size
     rows: int | None = None,       # default: as many as `cols` needs
@@ -78,7 +81,7 @@ def image_grid(
         grid.paste(on_colour(im, background), (i%cols*(w+gap), i//cols*(h+gap)))
     return grid
 
-# %% ../nbs/00_images.ipynb #08b5dd20
+# %% ../nbs/00_images.ipynb #9192ecfe
 def show_images(
     images: Sequence[Image.Image],        # PIL pictures; sizes may differ
     titles: Sequence | None = None,       # one for each picture, of any kind
@@ -103,7 +106,7 @@ def show_images(
         if titles: ax.set_title(titles[i], fontsize=9, pad=5)
     return fig
 
-# %% ../nbs/00_images.ipynb #e7e08928
+# %% ../nbs/00_images.ipynb #01b5ac54
 def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     "The picture of absolute differences. ValueError if the sizes differ."
     for name, im in dict(a=a, b=b).items():
@@ -111,7 +114,7 @@ def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     return ImageChops.difference(a.convert('RGB'), b.convert('RGB'))
 
-# %% ../nbs/00_images.ipynb #62955641
+# %% ../nbs/00_images.ipynb #044b2bf3
 def max_difference(
     a: Image.Image, # any picture
     b: Image.Image, # one of the same size
@@ -119,7 +122,7 @@ def max_difference(
     "The largest difference of two pictures in any channel of any pixel, in levels of 255."
     return max(high for low, high in _difference(a, b).getextrema())
 
-# %% ../nbs/00_images.ipynb #928f1c37
+# %% ../nbs/00_images.ipynb #e07fcf17
 def mean_difference(
     a: Image.Image, # any picture
     b: Image.Image, # one of the same size
@@ -127,7 +130,7 @@ def mean_difference(
     "The mean difference of two pictures over all channels and pixels, in levels of 255."
     return sum(ImageStat.Stat(_difference(a, b)).mean)/3
 
-# %% ../nbs/00_images.ipynb #1bdffdc3
+# %% ../nbs/00_images.ipynb #56a16dfb
 def fit_picture(
     image: Image.Image,     # any mode, any size
     width: int,             # pixels
@@ -139,7 +142,7 @@ def fit_picture(
     upright = ImageOps.exif_transpose(_checked([image])[0])
     return ImageOps.fit(on_colour(upright, colour), (width, height), Image.Resampling.LANCZOS)
 
-# %% ../nbs/00_images.ipynb #839531ac
+# %% ../nbs/00_images.ipynb #7711dc32
 def film(
     frames: Sequence[Image.Image], # PIL pictures of one size
     seconds: float = .15,          # each frame stands

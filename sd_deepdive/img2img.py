@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/image_to_image.html.md"""
 # %% auto #0
 __all__ = ['img2img_pipeline', 'skipped_steps', 'image_to_image', 'fetch_picture']
 
-# %% ../nbs/03_image_to_image.ipynb #71a41308
+# %% ../nbs/03_image_to_image.ipynb #e683b2e7
 import reprlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -24,14 +24,14 @@ from .checks import enough_memory, pair_up, real_number, texts, whole_number
 from .images import fit_picture
 from .models import StableDiffusionPipeline, generators
 
-# %% ../nbs/03_image_to_image.ipynb #17f5b6b8
+# %% ../nbs/03_image_to_image.ipynb #27fcecf3
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
-# %% ../nbs/03_image_to_image.ipynb #a73ac1f2
+# %% ../nbs/03_image_to_image.ipynb #be818d62
 def img2img_pipeline(
     pipe: StableDiffusionPipeline, # from `load_pipeline`
 ) -> StableDiffusionImg2ImgPipeline:
-    "The same parts for image to image, with DDIM steps over the same noise levels. TypeError for no pipeline."
+    "The same parts for image to image, DDIM steps over the same noise levels. TypeError for no pipeline."
     if not isinstance(pipe, StableDiffusionPipeline):
         raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. Give what load_pipeline() returns.')
     steps = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
@@ -40,12 +40,12 @@ def img2img_pipeline(
     made.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     return made
 
-# %% ../nbs/03_image_to_image.ipynb #df962881
+# %% ../nbs/03_image_to_image.ipynb #7de91ad0
 def skipped_steps(
     strength: float,          # 0 to 1
     num_inference_steps: int,
 ) -> int:
-    "How many of the first steps a strength leaves out. ValueError if it is out of 0 to 1, or leaves none to run."
+    "How many of the first steps a strength leaves out. ValueError if not in 0 to 1, or if none is left to run."
     whole_number('num_inference_steps', num_inference_steps, 1)
     if isinstance(strength, bool) or not isinstance(strength, Real):
         raise TypeError(f'strength={strength!r} is not a number. Give one between 0 and 1, such as 0.8.')
@@ -57,7 +57,7 @@ def skipped_steps(
                          f'Give at least {ceil(1000/num_inference_steps)/1000:g}.')
     return num_inference_steps - run
 
-# %% ../nbs/03_image_to_image.ipynb #181f968b
+# %% ../nbs/03_image_to_image.ipynb #6b2b06ee
 def image_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
@@ -91,26 +91,28 @@ def image_to_image(
             pictures += img2img(prompts[one], image=[start]*len(prompts[one]), negative_prompt=negative[one],
                                 generator=generators(seeds[one]), guidance_scale=guidance_scale,
                                 num_inference_steps=num_inference_steps,
-                                strength=min(1, (run + .5)/num_inference_steps)).images    # rounded down to `run`
+                                strength=min(1, (run + .5)/num_inference_steps)).images    # gives `run`
     return pictures
 
-# %% ../nbs/03_image_to_image.ipynb #9024683d
+# %% ../nbs/03_image_to_image.ipynb #947f7907
 def fetch_picture(
     url: str,                         # https://..., or file://...
     folder: str | Path | None = None, # to keep it in; default: fastdownload's, ~/.fastdownload/archive
 ) -> Image.Image:
-    "A picture by its address, fetched once. ConnectionError without an answer, ValueError if it is no picture."
+    "A picture by its address, fetched once. ConnectionError for no answer, ValueError for no picture."
     if not isinstance(url, str) or urlsplit(url).scheme not in ('http', 'https', 'file'):
         raise ValueError(f'url={url!r} is not an address. Give one that begins with https://')
     folder = FastDownload().arch_path() if folder is None else Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder/f'{sha256(url.encode()).hexdigest()[:20]}{Path(urlsplit(url).path).suffix}'
+    part = file.with_name(f'{file.name}.part')
     if not file.exists():
         try:
-            with redirect_stdout(StringIO()): download_url(url, file, timeout=30, show_progress=False)
-        except (OSError, HTTPException) as e:
-            why = f'{getattr(e, "reason", e)}'.splitlines() or [type(e).__name__]
-            raise ConnectionError(f'{url} could not be fetched ({why[0]}). Check address and network, '
+            with redirect_stdout(StringIO()): download_url(url, part, timeout=30, show_progress=False)
+            part.replace(file)    # only what came whole is kept
+        except (OSError, HTTPException, NameError) as e:   # NameError: how fastcore says "cut short"
+            why = 'cut short' if isinstance(e, NameError) else f'{getattr(e, "reason", e)} '.splitlines()[0].strip()
+            raise ConnectionError(f'{url} could not be fetched ({why}). Check address and network, '
                                   'or open a file of yours with PIL.Image.open.') from None
     try: (image := Image.open(file)).load()
     except (OSError, SyntaxError, ValueError):

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/autoencoder.html.md"""
 # %% auto #0
 __all__ = ['picture2tensor', 'make_img', 'pil2latent', 'decode', 'latents2pil', 'psnr']
 
-# %% ../nbs/06_autoencoder.ipynb #59ad571d
+# %% ../nbs/06_autoencoder.ipynb #e2273c47
 from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
@@ -18,38 +18,41 @@ from .images import on_colour
 from .models import generators
 from .parts import Parts
 
-# %% ../nbs/06_autoencoder.ipynb #6243cdd5
+# %% ../nbs/06_autoencoder.ipynb #947bbc48
 def picture2tensor(
     image: Image.Image,  # any mode; transparent parts are laid on white
 ) -> Tensor:
     "Pixels (3, H, W) from -1 to 1, float32: the inverse of `make_img`. TypeError if it is no picture."
     return torch.from_numpy(np.asarray(on_colour(image), dtype=np.float32)).permute(2, 0, 1)/127.5 - 1
 
-# %% ../nbs/06_autoencoder.ipynb #316d285e
+# %% ../nbs/06_autoencoder.ipynb #57457c7a
 def make_img(
     pixels: Tensor,   # (3, H, W), from -1 to 1; what is beyond is cut off
 ) -> Image.Image:
-    "One picture from what the decoder gives. ValueError for another shape or for numbers that are none (nan)."
-    if not isinstance(pixels, Tensor): raise TypeError(f'pixels={pixels!r} is not a tensor. Give what decode returns.')
+    "One picture from what the decoder gives. ValueError for another shape, or numbers that are none (nan)."
+    if not isinstance(pixels, Tensor):
+        raise TypeError(f'pixels={pixels!r} is not a tensor. Give one picture of what decode returns.')
     if pixels.ndim!=3 or len(pixels)!=3:
         raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give one picture, (3, height, width).')
-    if not pixels.isfinite().all(): raise ValueError('pixels has values that are not finite. Compute in float32.')
+    if not pixels.isfinite().all():
+        raise ValueError('pixels has values that are not finite. Compute in float32.')
     levels = ((pixels.float()/2 + .5).clamp(0, 1)*255).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
-# %% ../nbs/06_autoencoder.ipynb #b9c76fdf
+# %% ../nbs/06_autoencoder.ipynb #cbe5aedd
 @torch.no_grad()
 def pil2latent(
     parts: Parts,
     images: Image.Image | Sequence[Image.Image],   # one or several, of one size, any mode
     seeds: int | Sequence[int] | None = None,      # draw a sample; default: take the mean
 ) -> Tensor:
-    "Scaled latents (B, 4, H/8, W/8) of pictures. TypeError or ValueError for no picture, or a size that does not fit."
-    images = list(images) if isinstance(images, Iterable) and not isinstance(images, Image.Image) else [images]
+    "Scaled latents (B, 4, H/8, W/8) of pictures. TypeError or ValueError for no picture, or an unfit size."
+    several = isinstance(images, Iterable) and not isinstance(images, Image.Image)
+    images = list(images) if several else [images]
     if not images: raise ValueError('images is empty: give at least one picture.')
     pixels = [picture2tensor(im) for im in images]
     if len(sizes := {im.size for im in images})>1:
-        raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: use fit_picture to give them one.')
+        raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
     for name, value in zip(('width', 'height'), images[0].size): side(name, value, parts.factor)
     dist = parts.vae.encode(torch.stack(pixels).to(parts.device, parts.dtype)).latent_dist
     if seeds is None: return dist.mean*parts.scaling_factor
@@ -59,7 +62,7 @@ def pil2latent(
     noise = torch.cat([torch.randn(shape, generator=g, dtype=parts.dtype) for g in generators(seeds)])
     return (dist.mean + dist.std*noise.to(parts.device))*parts.scaling_factor
 
-# %% ../nbs/06_autoencoder.ipynb #389e7b60
+# %% ../nbs/06_autoencoder.ipynb #d598c0f0
 @torch.no_grad()
 def decode(
     parts: Parts,
@@ -70,23 +73,24 @@ def decode(
         raise TypeError(f'latents={latents!r} is not a tensor. Give what pil2latent returns.')
     channels = parts.vae.config.latent_channels
     if latents.ndim!=4 or latents.shape[1]!=channels:
-        raise ValueError(f'latents has shape {tuple(latents.shape)}. Give (pictures, {channels}, height, width).')
+        shape = tuple(latents.shape)
+        raise ValueError(f'latents has shape {shape}. Give (pictures, {channels}, height, width).')
     return parts.vae.decode(latents.to(parts.device, parts.dtype)/parts.scaling_factor).sample
 
-# %% ../nbs/06_autoencoder.ipynb #17a140de
+# %% ../nbs/06_autoencoder.ipynb #a5522c9c
 def latents2pil(
     parts: Parts,
     latents: Tensor,  # (B, 4, h, w), scaled
 ) -> list[Image.Image]:
-    "The pictures that scaled latents stand for. ValueError for another shape or for numbers that are none (nan)."
+    "The pictures that scaled latents stand for. ValueError for another shape, or for nan."
     return [make_img(pixels) for pixels in decode(parts, latents)]
 
-# %% ../nbs/06_autoencoder.ipynb #a695ef77
+# %% ../nbs/06_autoencoder.ipynb #e19df10f
 def psnr(
     a: Image.Image,  # any picture
     b: Image.Image,  # one of the same size
 ) -> float:
-    "Peak signal-to-noise ratio of two pictures, in dB: higher is nearer, inf is equal. ValueError for two sizes."
+    "Peak signal-to-noise ratio of two pictures in dB: higher is nearer, inf equal. ValueError for two sizes."
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     a, b = (np.asarray(on_colour(im), dtype=float) for im in (a, b))
     error = ((a - b)**2).mean()

@@ -7,39 +7,57 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/unet.html.md"""
 # %% auto #0
 __all__ = ['predict_x0', 'predict_noise', 'score']
 
-# %% ../nbs/09_unet.ipynb #d272f869
+# %% ../nbs/09_unet.ipynb #46b364a6
 import torch
 from torch import Tensor
 
-# %% ../nbs/09_unet.ipynb #2adf2a91
-def _alpha_bar(alpha_bar: Tensor | float, like: Tensor) -> Tensor:
-    "As a tensor, with the dtype and on the device of another."
-    return torch.as_tensor(alpha_bar, dtype=like.dtype, device=like.device)
+# %% ../nbs/09_unet.ipynb #11146c94
+def _alpha_bar(
+    alpha_bar: Tensor | float,
+    like: Tensor,
+    none: float,               # 0 or 1: where the formula would divide by zero
+) -> Tensor:
+    "As a tensor, with the dtype and on the device of another. ValueError if it is no share."
+    share = torch.as_tensor(alpha_bar)
+    if not ((share >= 0) & (share <= 1) & (share != none)).all():
+        raise ValueError(f'alpha_bar={alpha_bar} is not a share of the variance. '
+                         f'Give a number from 0 to 1, but not {none}.')
+    return share.to(like.device, like.dtype)
 
-# %% ../nbs/09_unet.ipynb #fcedbbfd
+def _same_shape(**tensors: Tensor):
+    "ValueError if two tensors, given by name, differ in shape."
+    (a, x), (b, y) = tensors.items()
+    if x.shape!=y.shape:
+        raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give two of one shape.')
+
+# %% ../nbs/09_unet.ipynb #31368f91
 def predict_x0(
     x_t: Tensor,                # noisy latents as the UNet sees them
     noise: Tensor,              # what it says is noise in them
     alpha_bar: Tensor | float,  # the share of the picture in their variance
 ) -> Tensor:
-    "The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar). Song et al. 2021, arXiv:2010.02502, eq. 9."
-    a = _alpha_bar(alpha_bar, x_t)
+    """The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar). ValueError for two
+    shapes, or for no share. Song et al. 2021, arXiv:2010.02502, eq. 9."""
+    _same_shape(x_t=x_t, noise=noise)
+    a = _alpha_bar(alpha_bar, x_t, 0)
     return (x_t - (1 - a).sqrt()*noise)/a.sqrt()
 
-# %% ../nbs/09_unet.ipynb #1e3fed2b
+# %% ../nbs/09_unet.ipynb #415be510
 def predict_noise(
     x_t: Tensor,                # noisy latents as the UNet sees them
     x0: Tensor,                 # the picture behind the noise
     alpha_bar: Tensor | float,  # the share of the picture in their variance
 ) -> Tensor:
-    "The noise between a picture and its noisy form: the inverse of `predict_x0`."
-    a = _alpha_bar(alpha_bar, x_t)
+    "The noise between a picture and its noisy form: the inverse of `predict_x0`. ValueError as there."
+    _same_shape(x_t=x_t, x0=x0)
+    a = _alpha_bar(alpha_bar, x_t, 1)
     return (x_t - a.sqrt()*x0)/(1 - a).sqrt()
 
-# %% ../nbs/09_unet.ipynb #c279ca06
+# %% ../nbs/09_unet.ipynb #58d613d0
 def score(
     noise: Tensor,              # predicted
-    alpha_bar: Tensor | float,
+    alpha_bar: Tensor | float,  # the share of the picture in the variance of x_t
 ) -> Tensor:
-    "The gradient of log p(x_t), the direction in which a noisy picture gets likelier: -noise/sqrt(1 - alpha-bar). Song et al. 2021, arXiv:2011.13456."
-    return -noise/(1 - _alpha_bar(alpha_bar, noise)).sqrt()
+    """The gradient of log p(x_t), the direction in which x_t gets likelier: -noise/sqrt(1 - alpha-bar).
+    ValueError for no share. Song et al. 2021, arXiv:2011.13456."""
+    return -noise/(1 - _alpha_bar(alpha_bar, noise, 1)).sqrt()

@@ -7,83 +7,95 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/noise_schedule.html.md"""
 # %% auto #0
 __all__ = ['SCHEDULERS', 'add_noise', 'sigma_at', 'alpha_bar_at', 'LMSScheduler', 'with_scheduler', 'begin']
 
-# %% ../nbs/08_noise_schedule.ipynb #0bf01e1d
+# %% ../nbs/08_noise_schedule.ipynb #436df161
 from dataclasses import replace
 import numpy as np
 import torch
 from torch import Tensor
 from .checks import whole_number
 from .parts import Parts   # before diffusers: it keeps diffusers quiet
-from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, LMSDiscreteScheduler,
-                       PNDMScheduler, SchedulerMixin)
+from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
+                       LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin)
 
-# %% ../nbs/08_noise_schedule.ipynb #1e51ff69
+# %% ../nbs/08_noise_schedule.ipynb #ca5aa9c4
 def add_noise(
     x0: Tensor,                # a clean picture, or its latents
     noise: Tensor,             # of the same shape, from a normal distribution
     alpha_bar: Tensor | float, # how much of the picture stays, 0 to 1
 ) -> Tensor:
-    "x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise. ValueError for two shapes. Ho et al. 2020, eq. 4."
+    """x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise. ValueError for two shapes or for no share.
+    Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     if x0.shape!=noise.shape:
-        raise ValueError(f'noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}: give noise for each number.')
-    alpha_bar = torch.as_tensor(alpha_bar, dtype=x0.dtype, device=x0.device)
-    return alpha_bar.sqrt()*x0 + (1 - alpha_bar).sqrt()*noise
+        shapes = f'noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}'
+        raise ValueError(f'{shapes}: give noise for each number of the picture.')
+    share = torch.as_tensor(alpha_bar)
+    if not ((share >= 0) & (share <= 1)).all():
+        raise ValueError(f'alpha_bar={alpha_bar} is not a share of the variance. Give a number from 0 to 1.')
+    share = share.to(x0.device, x0.dtype)
+    return share.sqrt()*x0 + (1 - share).sqrt()*noise
 
-# %% ../nbs/08_noise_schedule.ipynb #520da043
+# %% ../nbs/08_noise_schedule.ipynb #fda880dc
 def sigma_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
-    "The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar). ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."
+    """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64. ValueError for a
+    time that is none. Karras et al. 2022, arXiv:2206.00364."""
     sigmas = ((1 - scheduler.alphas_cumprod)/scheduler.alphas_cumprod).sqrt().double().cpu().numpy()
     t = torch.as_tensor(t).cpu().numpy()
     if not np.all((t >= 0) & (t <= len(sigmas) - 1)):
         raise ValueError(f't={t} is not a time of this schedule. Give numbers from 0 to {len(sigmas) - 1}.')
     return torch.as_tensor(np.interp(t, np.arange(len(sigmas)), sigmas))
 
-# %% ../nbs/08_noise_schedule.ipynb #29837895
+# %% ../nbs/08_noise_schedule.ipynb #a3b9fc96
 def alpha_bar_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
-    "The share of the picture in the variance of x_t, alpha-bar = 1/(sigma^2 + 1). ValueError as `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."
+    """The share of the picture in the variance of x_t, alpha-bar = 1/(sigma^2 + 1), float64. ValueError as
+    `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     return 1/(sigma_at(scheduler, t)**2 + 1)
 
-# %% ../nbs/08_noise_schedule.ipynb #ff65614b
+# %% ../nbs/08_noise_schedule.ipynb #1f24cd23
 class LMSScheduler(LMSDiscreteScheduler):
-    "K-LMS that may start in the middle: its order is never more than the history it has. Lesson 11 measures why."
+    "K-LMS that may start in the middle: its order is never more than the history it has. See lesson 11."
     def step(self, model_output, timestep, sample, order=4, **kwargs):
-        return super().step(model_output, timestep, sample, order=min(order, len(self.derivatives) + 1), **kwargs)
+        order = min(order, len(self.derivatives) + 1)
+        return super().step(model_output, timestep, sample, order=order, **kwargs)
 
-# %% ../nbs/08_noise_schedule.ipynb #52fc8223
+# %% ../nbs/08_noise_schedule.ipynb #27fb6f77
 SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels of the model
-    'PNDM': (PNDMScheduler, dict(timestep_spacing='leading', steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False)),
-    'DDIM': (DDIMScheduler, dict(timestep_spacing='leading', steps_offset=1, clip_sample=False, set_alpha_to_one=False)),
+    'PNDM': (PNDMScheduler, dict(timestep_spacing='leading', steps_offset=1, set_alpha_to_one=False,
+                                 skip_prk_steps=True)),
+    'DDIM': (DDIMScheduler, dict(timestep_spacing='leading', steps_offset=1, set_alpha_to_one=False,
+                                 clip_sample=False)),
     'K-LMS': (LMSScheduler, dict(timestep_spacing='linspace', steps_offset=1)),
     'Euler': (EulerDiscreteScheduler, dict(timestep_spacing='linspace', steps_offset=1)),
     'DPM-Solver++': (DPMSolverMultistepScheduler, dict(timestep_spacing='linspace', steps_offset=1))}
 
-# %% ../nbs/08_noise_schedule.ipynb #0c0f53dc
+# %% ../nbs/08_noise_schedule.ipynb #f0036c5b
 def with_scheduler(
     parts: Parts,
     name: str,      # one of `SCHEDULERS`
     **options,      # of the scheduler's class, such as use_karras_sigmas=True
 ) -> Parts:
     "The same parts with another scheduler over the same noise levels. ValueError for an unknown name."
-    if name not in SCHEDULERS: raise ValueError(f'name={name!r} is not a scheduler. Take one of {", ".join(SCHEDULERS)}.')
+    if name not in SCHEDULERS:
+        raise ValueError(f'name={name!r} is not a scheduler. Take one of {", ".join(SCHEDULERS)}.')
     kind, needs = SCHEDULERS[name]
-    trained = ('num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'prediction_type')
+    trained = ('num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas',
+               'prediction_type')
     levels = {k: parts.scheduler.config[k] for k in trained if k in parts.scheduler.config}
-    return replace(parts, scheduler=kind(**levels, **needs | options))
+    return replace(parts, scheduler=kind(**levels | needs | options))
 
-# %% ../nbs/08_noise_schedule.ipynb #8a555546
+# %% ../nbs/08_noise_schedule.ipynb #cf01e1d8
 def begin(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
     start_step: int = 0,        # how many steps to leave out, for a start from a picture
     device: torch.device | str = 'cpu',
 ) -> tuple[SchedulerMixin, Tensor]:
-    "A fresh scheduler and its timesteps from a step on. TypeError or ValueError for steps that are not there."
+    "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that are none."
     most = scheduler.config.num_train_timesteps
     whole_number('num_inference_steps', num_inference_steps, 1, most)
     whole_number('start_step', start_step, 0, num_inference_steps - 1)
@@ -92,8 +104,8 @@ def begin(
     scheduler.set_timesteps(num_inference_steps, device=device)
     timesteps = scheduler.timesteps
     if timesteps.max()>=most:
-        raise ValueError(f'num_inference_steps={num_inference_steps} begins at time {timesteps.max():.0f}, but the last is {most - 1}. '
-                         f'Give at most {most - 1}.')
+        raise ValueError(f'num_inference_steps={num_inference_steps} begins at time {timesteps.max():.0f}, '
+                         f'but the last is {most - 1}. Give at most {most - 1}.')
     if start_step and kind is PNDMScheduler and scheduler.config.skip_prk_steps:
         once = torch.cat([timesteps[:1], timesteps[2:]])[start_step:]   # PNDM asks twice at its second time,
         timesteps = torch.cat([once[:2], once[1:]])                     # wherever it starts

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_encoder.html.md"""
 # %% auto #0
 __all__ = ['cut_off', 'text_enc']
 
-# %% ../nbs/07_text_encoder.ipynb #2708c98b
+# %% ../nbs/07_text_encoder.ipynb #222cb05c
 import warnings
 from collections.abc import Sequence
 import torch
@@ -16,20 +16,20 @@ from transformers import CLIPTokenizer
 from .checks import texts, whole_number
 from .parts import Parts
 
-# %% ../nbs/07_text_encoder.ipynb #26237a64
+# %% ../nbs/07_text_encoder.ipynb #6a467601
 def cut_off(
     tokenizer: CLIPTokenizer,
     prompt: str,
     max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> str:
-    "The end of a prompt, as written, that the text encoder never sees; empty if it sees all. TypeError for no text."
+    "The end of a prompt, as written, that the encoder never sees; empty if it sees all. TypeError: no text."
     [prompt] = texts('prompt', [prompt])
-    max_length = whole_number('max_length', tokenizer.model_max_length if max_length is None else max_length, 2)
-    places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1]  # without start and end
-    lost = places[max_length - 2:]
+    if max_length is None: max_length = tokenizer.model_max_length
+    places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
+    lost = places[1:-1][whole_number('max_length', max_length, 2) - 2:]     # start and end need two
     return prompt[lost[0][0]:].strip() if lost else ''
 
-# %% ../nbs/07_text_encoder.ipynb #0a64bbf0
+# %% ../nbs/07_text_encoder.ipynb #fcc2cde9
 @torch.no_grad()
 def text_enc(
     parts: Parts,
@@ -38,10 +38,12 @@ def text_enc(
 ) -> Tensor:
     "Hidden states (B, 77, D) of prompts. Warns of what is cut off; TypeError or ValueError for no text."
     most = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)
-    prompts, max_length = texts('prompts', prompts), whole_number('max_length', most if max_length is None else max_length, 2, most)
+    max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
+    prompts = texts('prompts', prompts)
     for prompt in prompts:
         if lost := cut_off(parts.tokenizer, prompt, max_length):
             message = f'The prompt has more than {max_length} tokens; cut off is: "{lost}"'
             warnings.warn(message, stacklevel=3)   # the caller, past no_grad
-    tokens = parts.tokenizer(prompts, padding='max_length', max_length=max_length, truncation=True, return_tensors='pt')
+    tokens = parts.tokenizer(prompts, padding='max_length', max_length=max_length, truncation=True,
+                             return_tensors='pt')
     return parts.text_encoder(tokens.input_ids.to(parts.device)).last_hidden_state

@@ -3,6 +3,7 @@ import functools, http.server, json, os, shutil, subprocess, sys, threading
 from pathlib import Path
 
 import pytest
+import torch
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from selenium import webdriver
@@ -14,6 +15,26 @@ NBS = sorted(nbglob(CFG.nbs_path, as_path=True))
 
 NO_CHROMIUM = ('Chromium was not found, so the browser tests did not run: install it (Debian: apt install chromium chromium-driver) '
                'or name yours in the variable CHROME')
+
+
+def untrained(width=16, unet=(8, 16), vae=(8, 8), side=8, **more):
+    "A pipeline of Stable Diffusion's shape with random weights: text width, channels of UNet and autoencoder, latents along a side."
+    from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    from sd_deepdive.models import embedded_folder
+    torch.manual_seed(0)
+    n, scaling = len(unet) - 1, more.pop('scaling_factor', .18215)
+    words = CLIPTextConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,
+                           bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL(block_out_channels=vae, down_block_types=['DownEncoderBlock2D']*len(vae), up_block_types=['UpDecoderBlock2D']*len(vae),
+                          norm_num_groups=4, sample_size=side*2**(len(vae) - 1), scaling_factor=scaling),
+        unet=UNet2DConditionModel(sample_size=side, block_out_channels=unet, cross_attention_dim=width, norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
+                                  down_block_types=['CrossAttnDownBlock2D']*n + ['DownBlock2D'], up_block_types=['UpBlock2D'] + ['CrossAttnUpBlock2D']*n),
+        text_encoder=CLIPTextModel(words), tokenizer=CLIPTokenizer.from_pretrained(embedded_folder()/'tokenizer'),
+        scheduler=PNDMScheduler.from_pretrained(embedded_folder()/'scheduler'), requires_safety_checker='safety_checker' in more,
+        **dict(safety_checker=None, feature_extractor=None) | more)
 
 
 def find_chromium():

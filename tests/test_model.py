@@ -4,14 +4,18 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from conftest import ROOT, untrained
+from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from tools.training import autoencoder, data, diffusion
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPImageProcessor
 
+from sd_deepdive.drawings import drawings
 from sd_deepdive.images import max_difference
 from sd_deepdive.models import embedded_folder, load_pipeline, text_to_image
+from sd_deepdive.parts import load_parts
+from sd_deepdive.sampling import make_samples
+from sd_deepdive.schedule import SCHEDULERS, with_scheduler
 
 
 @pytest.fixture(scope='module')
@@ -28,13 +32,8 @@ def small(tmp_path):
     words = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     checker = StableDiffusionSafetyChecker(CLIPConfig(text_config=words, projection_dim=16, vision_config=words | dict(image_size=16, patch_size=8)))
     checker.concept_embeds_weights.data.fill_(-2.)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(8, 8), down_block_types=['DownEncoderBlock2D']*2, up_block_types=['UpDecoderBlock2D']*2, norm_num_groups=4),
-        text_encoder=CLIPTextModel(CLIPTextConfig(**words, projection_dim=16)), tokenizer=CLIPTokenizer.from_pretrained(embedded_folder()/'tokenizer'),
-        unet=UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), cross_attention_dim=16, norm_num_groups=4, layers_per_block=1, attention_head_dim=4,
-                                  down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D']),
-        scheduler=PNDMScheduler.from_pretrained(embedded_folder()/'scheduler'), safety_checker=checker, feature_extractor=CLIPImageProcessor(size={'shortest_edge': 16}, crop_size=16))
-    pipe.save_pretrained(tmp_path/'small')
+    extractor = CLIPImageProcessor(size={'shortest_edge': 16}, crop_size=16)
+    untrained(safety_checker=checker, feature_extractor=extractor).save_pretrained(tmp_path/'small')
     return tmp_path/'small'
 
 
@@ -109,7 +108,7 @@ def test_batch_does_not_matter(pipe):
     (dict(width=100), 'width=100.*multiple of 8.*width=96'), (dict(height=-8), 'height=-8'), (dict(prompt=b'abc'), 'prompt=b'), (dict(seeds=True), 'seeds=True'), (dict(height='8'), "height='8'"),
     (dict(prompt=[]), 'at least one'), (dict(prompt=None), 'prompt=None'), (dict(prompt=['a', 3]), 'prompt=3'),
     (dict(prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up'), (dict(seeds='abc'), "seeds='abc'"), (dict(seeds=1.5), 'seeds=1.5'),
-    (dict(seeds=-1), 'seeds=-1'), (dict(batch_size=0), 'batch_size=0'), (dict(negative_prompt=['red']), 'negative_prompt=')])
+    (dict(seeds=-1), 'seeds=-1'), (dict(batch_size=0), 'batch_size=0'), (dict(negative_prompt=['red', 3]), 'negative_prompt=3'), (dict(negative_prompt=['a', 'b'], seeds=[1, 2, 3]), 'do not pair up')])
 def test_wrong_requests(pipe, wrong, words):
     "A wrong argument is named, with its value, before anything is computed."
     with pytest.raises((ValueError, TypeError), match=words): text_to_image(pipe, **{'prompt': 'a bell', **wrong})
@@ -149,6 +148,16 @@ def test_no_pipeline(wrong):
 def test_sides(pipe, sides, size):
     "A side that is not given is the model's own."
     assert text_to_image(pipe, 'a bell', num_inference_steps=1, **sides)[0].size == size
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    "The loop runs in half precision with every scheduler, and from a picture."
+    parts = load_parts(device='cpu', dtype=dtype)
+    for name in SCHEDULERS:
+        for start in (dict(), dict(init_img=drawings('banana')[0].image, start_step=2)):
+            pixels = make_samples(with_scheduler(parts, name), 'a bell', steps=4, **start)
+            assert pixels.dtype == dtype and pixels.isfinite().all(), name
 
 
 def test_negative_prompt(pipe):
