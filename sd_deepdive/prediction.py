@@ -7,11 +7,11 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/unet.html.md"""
 # %% auto #0
 __all__ = ['predict_x0', 'predict_noise', 'score']
 
-# %% ../nbs/09_unet.ipynb #46b364a6
+# %% ../nbs/09_unet.ipynb #ff891bf1
 import torch
 from torch import Tensor
 
-# %% ../nbs/09_unet.ipynb #11146c94
+# %% ../nbs/09_unet.ipynb #fe9bd489
 def _alpha_bar(
     alpha_bar: Tensor | float,
     like: Tensor,
@@ -30,19 +30,19 @@ def _same_shape(**tensors: Tensor):
     if x.shape!=y.shape:
         raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give two of one shape.')
 
-# %% ../nbs/09_unet.ipynb #31368f91
+# %% ../nbs/09_unet.ipynb #429e0b79
 def predict_x0(
     x_t: Tensor,                # noisy latents as the UNet sees them
     noise: Tensor,              # what it says is noise in them
     alpha_bar: Tensor | float,  # the share of the picture in their variance
 ) -> Tensor:
-    """The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar). ValueError for two
-    shapes, or for no share. Song et al. 2021, arXiv:2010.02502, eq. 9."""
+    """The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar).
+    ValueError for two shapes, or for no share. Song et al. 2021, arXiv:2010.02502, eq. 9."""
     _same_shape(x_t=x_t, noise=noise)
     a = _alpha_bar(alpha_bar, x_t, 0)
     return (x_t - (1 - a).sqrt()*noise)/a.sqrt()
 
-# %% ../nbs/09_unet.ipynb #415be510
+# %% ../nbs/09_unet.ipynb #3d4cfcc0
 def predict_noise(
     x_t: Tensor,                # noisy latents as the UNet sees them
     x0: Tensor,                 # the picture behind the noise
@@ -53,7 +53,7 @@ def predict_noise(
     a = _alpha_bar(alpha_bar, x_t, 1)
     return (x_t - a.sqrt()*x0)/(1 - a).sqrt()
 
-# %% ../nbs/09_unet.ipynb #58d613d0
+# %% ../nbs/09_unet.ipynb #9b3fe132
 def score(
     noise: Tensor,              # predicted
     alpha_bar: Tensor | float,  # the share of the picture in the variance of x_t

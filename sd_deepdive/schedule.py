@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/noise_schedule.html.md"""
 # %% auto #0
 __all__ = ['SCHEDULERS', 'add_noise', 'sigma_at', 'alpha_bar_at', 'LMSScheduler', 'with_scheduler', 'begin']
 
-# %% ../nbs/08_noise_schedule.ipynb #436df161
+# %% ../nbs/08_noise_schedule.ipynb #c89bc4cc
 from dataclasses import replace
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from .parts import Parts   # before diffusers: it keeps diffusers quiet
 from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
                        LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin)
 
-# %% ../nbs/08_noise_schedule.ipynb #ca5aa9c4
+# %% ../nbs/08_noise_schedule.ipynb #d723e802
 def add_noise(
     x0: Tensor,                # a clean picture, or its latents
     noise: Tensor,             # of the same shape, from a normal distribution
     alpha_bar: Tensor | float, # how much of the picture stays, 0 to 1
 ) -> Tensor:
-    """x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise. ValueError for two shapes or for no share.
-    Ho et al. 2020, arXiv:2006.11239, eq. 4."""
+    """x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise.
+    ValueError for two shapes, or for no share. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     if x0.shape!=noise.shape:
         shapes = f'noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}'
         raise ValueError(f'{shapes}: give noise for each number of the picture.')
@@ -34,36 +34,36 @@ def add_noise(
     share = share.to(x0.device, x0.dtype)
     return share.sqrt()*x0 + (1 - share).sqrt()*noise
 
-# %% ../nbs/08_noise_schedule.ipynb #fda880dc
+# %% ../nbs/08_noise_schedule.ipynb #5ff7dd94
 def sigma_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
-    """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64. ValueError for a
-    time that is none. Karras et al. 2022, arXiv:2206.00364."""
+    """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64.
+    ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
     sigmas = ((1 - scheduler.alphas_cumprod)/scheduler.alphas_cumprod).sqrt().double().cpu().numpy()
     t = torch.as_tensor(t).cpu().numpy()
     if not np.all((t >= 0) & (t <= len(sigmas) - 1)):
         raise ValueError(f't={t} is not a time of this schedule. Give numbers from 0 to {len(sigmas) - 1}.')
     return torch.as_tensor(np.interp(t, np.arange(len(sigmas)), sigmas))
 
-# %% ../nbs/08_noise_schedule.ipynb #a3b9fc96
+# %% ../nbs/08_noise_schedule.ipynb #6c30b77b
 def alpha_bar_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
-    """The share of the picture in the variance of x_t, alpha-bar = 1/(sigma^2 + 1), float64. ValueError as
-    `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
+    """The share of the picture in the variance of x_t, alpha-bar = 1/(sigma^2 + 1), float64.
+    ValueError as `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     return 1/(sigma_at(scheduler, t)**2 + 1)
 
-# %% ../nbs/08_noise_schedule.ipynb #1f24cd23
+# %% ../nbs/08_noise_schedule.ipynb #b152062d
 class LMSScheduler(LMSDiscreteScheduler):
     "K-LMS that may start in the middle: its order is never more than the history it has. See lesson 11."
     def step(self, model_output, timestep, sample, order=4, **kwargs):
         order = min(order, len(self.derivatives) + 1)
         return super().step(model_output, timestep, sample, order=order, **kwargs)
 
-# %% ../nbs/08_noise_schedule.ipynb #27fb6f77
+# %% ../nbs/08_noise_schedule.ipynb #65e65ba3
 SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels of the model
     'PNDM': (PNDMScheduler, dict(timestep_spacing='leading', steps_offset=1, set_alpha_to_one=False,
                                  skip_prk_steps=True)),
@@ -73,7 +73,7 @@ SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels
     'Euler': (EulerDiscreteScheduler, dict(timestep_spacing='linspace', steps_offset=1)),
     'DPM-Solver++': (DPMSolverMultistepScheduler, dict(timestep_spacing='linspace', steps_offset=1))}
 
-# %% ../nbs/08_noise_schedule.ipynb #f0036c5b
+# %% ../nbs/08_noise_schedule.ipynb #b29d0c58
 def with_scheduler(
     parts: Parts,
     name: str,      # one of `SCHEDULERS`
@@ -88,7 +88,7 @@ def with_scheduler(
     levels = {k: parts.scheduler.config[k] for k in trained if k in parts.scheduler.config}
     return replace(parts, scheduler=kind(**levels | needs | options))
 
-# %% ../nbs/08_noise_schedule.ipynb #cf01e1d8
+# %% ../nbs/08_noise_schedule.ipynb #a511d3e7
 def begin(
     scheduler: SchedulerMixin,
     num_inference_steps: int,

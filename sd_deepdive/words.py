@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/textual_inversion.html.md"""
 # %% auto #0
 __all__ = ['word_vector', 'save_words', 'load_words', 'add_words', 'course_words']
 
-# %% ../nbs/04_textual_inversion.ipynb #a5feb7ef
+# %% ../nbs/04_textual_inversion.ipynb #d1284ce3
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -21,7 +21,7 @@ from transformers import CLIPTokenizer
 from .checks import texts
 from .parts import Parts
 
-# %% ../nbs/04_textual_inversion.ipynb #b7a50fb1
+# %% ../nbs/04_textual_inversion.ipynb #41363e78
 def word_vector(
     model: StableDiffusionPipeline | Parts, # from `load_pipeline` or `load_parts`
     word: str,                              # one that the tokenizer does not cut into pieces
@@ -33,7 +33,7 @@ def word_vector(
         raise ValueError(f'word={word!r} is {len(ids)} tokens, {pieces}. Give one token, such as "blue".')
     return model.text_encoder.get_input_embeddings().weight[ids[0]].detach().clone()
 
-# %% ../nbs/04_textual_inversion.ipynb #b622cdb3
+# %% ../nbs/04_textual_inversion.ipynb #f32c3fb6
 def _checked(words, where: str) -> dict[str, Tensor]:
     "The words as a dict, if each is a token with one finite vector; else an error names the place."
     if not isinstance(words, Mapping):
@@ -45,13 +45,13 @@ def _checked(words, where: str) -> dict[str, Tensor]:
             raise ValueError(f'{at} is not a token. Give text without spaces, such as "<lagoon>".')
         if not isinstance(v, Tensor):
             raise ValueError(f'{at} has a {type(v).__name__} for a vector. Give a tensor of shape (width,).')
-        if not v.is_floating_point(): raise ValueError(f'{at} has numbers of {v.dtype}. Give a float32 tensor.')
+        if not v.is_floating_point(): raise ValueError(f'{at} has values of {v.dtype}. Give float32 values.')
         if v.ndim!=1 or not len(v):
             raise ValueError(f'{at} has shape {tuple(v.shape)}. A word is one vector, of shape (width,).')
         if not v.isfinite().all(): raise ValueError(f'{at} has values that are not finite. Train it again.')
     return {token: v.detach().cpu() for token, v in words.items()}
 
-# %% ../nbs/04_textual_inversion.ipynb #6f650a24
+# %% ../nbs/04_textual_inversion.ipynb #3feeaf91
 def save_words(
     file: str | Path,                        # its name ends in .safetensors
     words: Mapping[str, Tensor],             # {token: vector (D,)}
@@ -66,6 +66,7 @@ def save_words(
     part.chmod(0o644)
     return part.replace(file)
 
+# %% ../nbs/04_textual_inversion.ipynb #40d42196
 def load_words(
     file: str | Path,  # .safetensors, or a pickle: .bin, .pt, .pth
 ) -> dict[str, Tensor]:
@@ -84,7 +85,7 @@ def load_words(
                          f'({type(e).__name__}). Get the word as a .safetensors file.') from None
     return _checked(words, file.name)
 
-# %% ../nbs/04_textual_inversion.ipynb #e9b83fd8
+# %% ../nbs/04_textual_inversion.ipynb #9eb3b3c4
 def _chosen(words: Mapping[str, Tensor], name: str | Sequence[str] | None) -> dict[str, Tensor]:
     "The words that are meant: those named, or the only one."
     words = _checked(words, 'words')
@@ -117,7 +118,7 @@ def _try_token(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
             raise ValueError(f'{token!r} would take the place of {other!r}. Give it another name.')
     return trial
 
-# %% ../nbs/04_textual_inversion.ipynb #a5bd1122
+# %% ../nbs/04_textual_inversion.ipynb #663d0655
 def add_words(
     model: StableDiffusionPipeline | Parts,   # is changed: tokenizer and text encoder learn the words
     words: Mapping[str, Tensor],              # {token: vector (D,)}, as from `load_words`
@@ -142,7 +143,7 @@ def add_words(
         for token, v in words.items(): text_encoder.get_input_embeddings().weight[ids[token]] = v
     return ids
 
-# %% ../nbs/04_textual_inversion.ipynb #5b31e185
+# %% ../nbs/04_textual_inversion.ipynb #5f6a2bff
 def course_words() -> Path:
     "The file with the word that ships with the course, for the embedded model."
     return Path(str(files('sd_deepdive')/'data'/'words.safetensors'))

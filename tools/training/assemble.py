@@ -72,5 +72,6 @@ def main():
     for folder in (EMBEDDED, SLICE):
         files = [f for f in folder.rglob('*') if f.is_file()]
         print(f'{folder.relative_to(data.ROOT)}: {sum(f.stat().st_size for f in files)/1e6:.1f} MB, largest {max(files, key=lambda f: f.stat().st_size).name}')
+    print('Now run `make train-word`: the word of lesson 04 belongs to the model that it was trained on, and was removed with it.')
 
 if __name__=='__main__': main()
