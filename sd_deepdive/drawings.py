@@ -7,16 +7,15 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/drawings.html.md"""
 # %% auto #0
 __all__ = ['Drawing', 'drawings']
 
-# %% ../nbs/00_drawings.ipynb #30866a30
+# %% ../nbs/00_drawings.ipynb #7c4372e4
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from zipfile import ZipFile
 from PIL import Image
 
-# %% ../nbs/00_drawings.ipynb #4743b7bc
+# %% ../nbs/00_drawings.ipynb #fb336547
 @dataclass(frozen=True)
 class Drawing:
     "A drawing of the course's data: 128 x 128 pixels, RGBA."
@@ -28,7 +27,7 @@ class Drawing:
     @property
     def caption(self) -> str: return f'{self.thing}, {self.style} style'
 
-# %% ../nbs/00_drawings.ipynb #5d47af0c
+# %% ../nbs/00_drawings.ipynb #3c153121
 @cache
 def _slice() -> tuple[Drawing, ...]:
     "All drawings of the slice, read once."
@@ -37,7 +36,7 @@ def _slice() -> tuple[Drawing, ...]:
         return tuple(Drawing(e['thing'], e['style'], tuple(e['keywords']), e['held_out'],
                              Image.open(z.open(e['file_name'])).convert('RGBA')) for e in entries)
 
-# %% ../nbs/00_drawings.ipynb #222e8b3f
+# %% ../nbs/00_drawings.ipynb #e9d5a97a
 def drawings(
     thing: str | None = None,      # default: all
     style: str | None = None,      # default: all

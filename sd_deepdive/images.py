@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/images.html.md"""
 # %% auto #0
 __all__ = ['on_colour', 'image_grid', 'show_images', 'max_difference', 'mean_difference', 'fit_picture', 'film']
 
-# %% ../nbs/00_images.ipynb #93057c46
+# %% ../nbs/00_images.ipynb #6501efd9
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from math import ceil, isfinite
@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageColor, ImageOps, ImageStat
 from matplotlib.figure import Figure
 from .checks import whole_number
 
-# %% ../nbs/00_images.ipynb #77f8ff68
+# %% ../nbs/00_images.ipynb #d37426e5
 def on_colour(
     image: Image.Image,        # any mode
     colour: str = 'white',     # what shows through
@@ -36,7 +36,7 @@ def on_colour(
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, colour), image).convert('RGB')
 
-# %% ../nbs/00_images.ipynb #338ea534
+# %% ../nbs/00_images.ipynb #67d1c422
 def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
@@ -49,7 +49,7 @@ def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
                             'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
-# %% ../nbs/00_images.ipynb #b4033885
+# %% ../nbs/00_images.ipynb #eef45efd
 def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     "Rows and columns for `n` pictures: the one follows from the other; with neither given, rows of four."
     for name, v in dict(rows=rows, cols=cols).items():
@@ -60,7 +60,7 @@ def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
         raise ValueError(f'rows={rows}, cols={cols}: the grid is too small for {n} pictures. Leave one of the two out.')
     return rows, cols
 
-# %% ../nbs/00_images.ipynb #0245fd0f
+# %% ../nbs/00_images.ipynb #bf0400af
 def image_grid(
     images: Sequence[Image.Image], # PIL pictures, all of one size
     rows: int | None = None,       # default: as many as `cols` needs
@@ -81,7 +81,7 @@ def image_grid(
         grid.paste(on_colour(im, background), (i%cols*(w+gap), i//cols*(h+gap)))
     return grid
 
-# %% ../nbs/00_images.ipynb #9192ecfe
+# %% ../nbs/00_images.ipynb #d4a27001
 def show_images(
     images: Sequence[Image.Image],        # PIL pictures; sizes may differ
     titles: Sequence | None = None,       # one for each picture, of any kind
@@ -106,7 +106,7 @@ def show_images(
         if titles: ax.set_title(titles[i], fontsize=9, pad=5)
     return fig
 
-# %% ../nbs/00_images.ipynb #01b5ac54
+# %% ../nbs/00_images.ipynb #e668b030
 def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     "The picture of absolute differences. ValueError if the sizes differ."
     for name, im in dict(a=a, b=b).items():
@@ -114,7 +114,7 @@ def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     return ImageChops.difference(a.convert('RGB'), b.convert('RGB'))
 
-# %% ../nbs/00_images.ipynb #044b2bf3
+# %% ../nbs/00_images.ipynb #c6539a3f
 def max_difference(
     a: Image.Image, # any picture
     b: Image.Image, # one of the same size
@@ -122,7 +122,7 @@ def max_difference(
     "The largest difference of two pictures in any channel of any pixel, in levels of 255."
     return max(high for low, high in _difference(a, b).getextrema())
 
-# %% ../nbs/00_images.ipynb #e07fcf17
+# %% ../nbs/00_images.ipynb #59c2b08a
 def mean_difference(
     a: Image.Image, # any picture
     b: Image.Image, # one of the same size
@@ -130,7 +130,7 @@ def mean_difference(
     "The mean difference of two pictures over all channels and pixels, in levels of 255."
     return sum(ImageStat.Stat(_difference(a, b)).mean)/3
 
-# %% ../nbs/00_images.ipynb #56a16dfb
+# %% ../nbs/00_images.ipynb #6d90e4f5
 def fit_picture(
     image: Image.Image,     # any mode, any size
     width: int,             # pixels
@@ -142,7 +142,7 @@ def fit_picture(
     upright = ImageOps.exif_transpose(_checked([image])[0])
     return ImageOps.fit(on_colour(upright, colour), (width, height), Image.Resampling.LANCZOS)
 
-# %% ../nbs/00_images.ipynb #7711dc32
+# %% ../nbs/00_images.ipynb #61db293b
 def film(
     frames: Sequence[Image.Image], # PIL pictures of one size
     seconds: float = .15,          # each frame stands

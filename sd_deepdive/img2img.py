@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/image_to_image.html.md"""
 # %% auto #0
 __all__ = ['img2img_pipeline', 'skipped_steps', 'image_to_image', 'fetch_picture']
 
-# %% ../nbs/03_image_to_image.ipynb #e683b2e7
+# %% ../nbs/03_image_to_image.ipynb #d8bca4e5
 import reprlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -24,10 +24,10 @@ from .checks import enough_memory, pair_up, real_number, texts, whole_number
 from .images import fit_picture
 from .models import StableDiffusionPipeline, generators
 
-# %% ../nbs/03_image_to_image.ipynb #27fcecf3
+# %% ../nbs/03_image_to_image.ipynb #21f76e73
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
-# %% ../nbs/03_image_to_image.ipynb #be818d62
+# %% ../nbs/03_image_to_image.ipynb #bef3d926
 def img2img_pipeline(
     pipe: StableDiffusionPipeline, # from `load_pipeline`
 ) -> StableDiffusionImg2ImgPipeline:
@@ -40,7 +40,7 @@ def img2img_pipeline(
     made.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     return made
 
-# %% ../nbs/03_image_to_image.ipynb #7de91ad0
+# %% ../nbs/03_image_to_image.ipynb #1b49bc12
 def skipped_steps(
     strength: float,          # 0 to 1
     num_inference_steps: int,
@@ -57,7 +57,7 @@ def skipped_steps(
                          f'Give at least {ceil(1000/num_inference_steps)/1000:g}.')
     return num_inference_steps - run
 
-# %% ../nbs/03_image_to_image.ipynb #6b2b06ee
+# %% ../nbs/03_image_to_image.ipynb #996ddae9
 def image_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
@@ -94,7 +94,7 @@ def image_to_image(
                                 strength=min(1, (run + .5)/num_inference_steps)).images    # gives `run`
     return pictures
 
-# %% ../nbs/03_image_to_image.ipynb #947f7907
+# %% ../nbs/03_image_to_image.ipynb #5e253685
 def fetch_picture(
     url: str,                         # https://..., or file://...
     folder: str | Path | None = None, # to keep it in; default: fastdownload's, ~/.fastdownload/archive
@@ -111,7 +111,8 @@ def fetch_picture(
             with redirect_stdout(StringIO()): download_url(url, part, timeout=30, show_progress=False)
             part.replace(file)    # only what came whole is kept
         except (OSError, HTTPException, NameError) as e:   # NameError: how fastcore says "cut short"
-            why = 'cut short' if isinstance(e, NameError) else f'{getattr(e, "reason", e)} '.splitlines()[0].strip()
+            reason = 'cut short' if isinstance(e, NameError) else getattr(e, 'reason', e)
+            why = getattr(reason, 'strerror', None) or f'{reason} '.splitlines()[0].strip()
             raise ConnectionError(f'{url} could not be fetched ({why}). Check address and network, '
                                   'or open a file of yours with PIL.Image.open.') from None
     try: (image := Image.open(file)).load()

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/variations.html.md"""
 # %% auto #0
 __all__ = ['NoiseOracle', 'with_oracle', 'mixture', 'walk_down']
 
-# %% ../nbs/11_variations.ipynb #9a700e16
+# %% ../nbs/11_variations.ipynb #53d0eedd
 import torch
 from dataclasses import replace
 from .parts import Parts
@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from .sampling import denoise, make_noise, start_latents
 
-# %% ../nbs/11_variations.ipynb #36ac76b6
+# %% ../nbs/11_variations.ipynb #5f425228
 class NoiseOracle(nn.Module):
     "A UNet that knows the noise, and answers with it whatever it is shown."
     def __init__(self, noise: Tensor, config):
@@ -25,7 +25,7 @@ class NoiseOracle(nn.Module):
         answer = self.noise.repeat(len(sample)//len(self.noise), 1, 1, 1)
         return UNet2DConditionOutput(sample=answer) if return_dict else (answer,)
 
-# %% ../nbs/11_variations.ipynb #bbbca2b1
+# %% ../nbs/11_variations.ipynb #3370daae
 def with_oracle(
     parts: Parts,
     noise: Tensor,   # (B, 4, h, w), the noise that will have been added
@@ -33,7 +33,7 @@ def with_oracle(
     "The same parts with a UNet that knows the noise."
     return replace(parts, unet=NoiseOracle(noise, parts.unet.config))
 
-# %% ../nbs/11_variations.ipynb #fa013643
+# %% ../nbs/11_variations.ipynb #1e1281a8
 def mixture(
     latents: Tensor,  # the result of a loop
     x0: Tensor,       # the latents it should have come to, same shape
@@ -44,7 +44,7 @@ def mixture(
     a, c = torch.linalg.lstsq(known, latents.flatten()[:, None].double().cpu()).solution.flatten().tolist()
     return a, c
 
-# %% ../nbs/11_variations.ipynb #2caa7451
+# %% ../nbs/11_variations.ipynb #e9ea69f5
 def walk_down(
     parts: Parts,
     x0: Tensor,                    # (1, 4, h, w), latents of a picture to start from

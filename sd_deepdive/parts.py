@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/latent_diffusion.html.md"""
 # %% auto #0
 __all__ = ['Parts', 'take_apart', 'load_parts', 'latents_callback']
 
-# %% ../nbs/05_latent_diffusion.ipynb #3526ba1a
+# %% ../nbs/05_latent_diffusion.ipynb #77df7bb5
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from .models import EMBEDDED, StableDiffusionPipeline, load_pipeline   # first: it keeps diffusers quiet
 from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 from .checks import whole_number
 
-# %% ../nbs/05_latent_diffusion.ipynb #1ca4195a
+# %% ../nbs/05_latent_diffusion.ipynb #248a9ba9
 @dataclass(frozen=True, repr=False)
 class Parts:
     "The parts of a latent diffusion model, and the numbers that belong to them."
@@ -51,7 +50,7 @@ class Parts:
         "What the autoencoder's latents are multiplied by, so that they deviate by about one."
         return self.vae.config.scaling_factor
 
-# %% ../nbs/05_latent_diffusion.ipynb #c0adb34d
+# %% ../nbs/05_latent_diffusion.ipynb #ff270728
 def take_apart(
     pipe: StableDiffusionPipeline | Parts, # from `load_pipeline`; parts are given back as they are
 ) -> Parts:
@@ -61,7 +60,7 @@ def take_apart(
         raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. Give what load_pipeline() or load_parts() returns.')
     return Parts(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, pipe.scheduler)
 
-# %% ../nbs/05_latent_diffusion.ipynb #a7e6cf84
+# %% ../nbs/05_latent_diffusion.ipynb #ac745b38
 def load_parts(
     name: str | Path = EMBEDDED,               # "embedded", a folder, or a hub id
     device: torch.device | str | None = None,  # default: the best there is
@@ -70,7 +69,7 @@ def load_parts(
     "The parts of a model by name; no safety checker is among them. Errors as `load_pipeline`."
     return take_apart(load_pipeline(name, device, dtype, safety_checker=False))
 
-# %% ../nbs/05_latent_diffusion.ipynb #70c7db9a
+# %% ../nbs/05_latent_diffusion.ipynb #5b8c8465
 def latents_callback(
     frames: list,     # the pictures are appended here: at each look a list, one for each picture of the batch
     every: int = 1,   # look after the first step, then after each so many

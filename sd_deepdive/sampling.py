@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/loop.html.md"""
 # %% auto #0
 __all__ = ['make_noise', 'start_latents', 'ask_unet', 'Step', 'denoise', 'make_samples']
 
-# %% ../nbs/10_loop.ipynb #25a13626
+# %% ../nbs/10_loop.ipynb #ad97808a
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import torch
@@ -16,14 +16,14 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .checks import enough_memory, pair_up, real_number, side, texts, whole_number
 from .guidance import guide
-from .latents import decode, latents2pil, make_img, pil2latent
+from .latents import decode, pil2latent
 from .models import generators
 from .parts import Parts
 from .prediction import predict_x0
 from .schedule import alpha_bar_at, begin
 from .text import text_enc
 
-# %% ../nbs/10_loop.ipynb #87164cf2
+# %% ../nbs/10_loop.ipynb #d4ad1705
 def make_noise(
     parts: Parts,
     seeds: int | Sequence[int],   # one for each picture
@@ -37,7 +37,7 @@ def make_noise(
     noise = [torch.randn(shape, generator=g, dtype=parts.dtype) for g in generators([whole_number('seeds', s, 0) for s in seeds])]
     return torch.cat(noise).to(parts.device)
 
-# %% ../nbs/10_loop.ipynb #dfabe604
+# %% ../nbs/10_loop.ipynb #ad53c0b1
 def start_latents(
     parts: Parts,
     noise: Tensor,               # (B, 4, h, w), from `make_noise`
@@ -50,7 +50,7 @@ def start_latents(
     if init is None: return noise*scheduler.init_noise_sigma
     return scheduler.add_noise(init, noise, timesteps[:1])
 
-# %% ../nbs/10_loop.ipynb #02d28c41
+# %% ../nbs/10_loop.ipynb #07e6bad2
 def ask_unet(
     parts: Parts,
     x_t: Tensor,             # (B, 4, h, w), noisy latents
@@ -65,7 +65,7 @@ def ask_unet(
     if guidance_scale==0: return ask(x_t, uncond)
     return guide(*ask(torch.cat([x_t, x_t]), torch.cat([uncond, text])).chunk(2), guidance_scale)
 
-# %% ../nbs/10_loop.ipynb #f651d37b
+# %% ../nbs/10_loop.ipynb #595a5ad2
 @dataclass
 class Step:
     "One step of the loop."
@@ -76,7 +76,7 @@ class Step:
     x0: Tensor        # the clean latents that this prediction means
     latents: Tensor   # what the scheduler made of it. Assign to it, and the loop goes on from there
 
-# %% ../nbs/10_loop.ipynb #7f02b71d
+# %% ../nbs/10_loop.ipynb #c37f9e9f
 @torch.no_grad()
 def denoise(
     parts: Parts,
@@ -98,12 +98,12 @@ def denoise(
         yield (step := Step(i, t, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
         latents = step.latents
 
-# %% ../nbs/10_loop.ipynb #66546a5e
+# %% ../nbs/10_loop.ipynb #e1af644f
 def _several(value) -> list:
     "A list of one or several."
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
 
-# %% ../nbs/10_loop.ipynb #6552c677
+# %% ../nbs/10_loop.ipynb #1c53b924
 @torch.no_grad()
 def make_samples(
     parts: Parts,

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/noise_schedule.html.md"""
 # %% auto #0
 __all__ = ['SCHEDULERS', 'add_noise', 'sigma_at', 'alpha_bar_at', 'LMSScheduler', 'with_scheduler', 'begin']
 
-# %% ../nbs/08_noise_schedule.ipynb #c89bc4cc
+# %% ../nbs/08_noise_schedule.ipynb #58c23e32
 from dataclasses import replace
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .parts import Parts   # before diffusers: it keeps diffusers quiet
 from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
                        LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin)
 
-# %% ../nbs/08_noise_schedule.ipynb #d723e802
+# %% ../nbs/08_noise_schedule.ipynb #50ff81f5
 def add_noise(
     x0: Tensor,                # a clean picture, or its latents
     noise: Tensor,             # of the same shape, from a normal distribution
@@ -31,23 +31,23 @@ def add_noise(
     share = torch.as_tensor(alpha_bar)
     if not ((share >= 0) & (share <= 1)).all():
         raise ValueError(f'alpha_bar={alpha_bar} is not a share of the variance. Give a number from 0 to 1.')
-    share = share.to(x0.device, x0.dtype)
-    return share.sqrt()*x0 + (1 - share).sqrt()*noise
+    picture, rest = (w.sqrt().to(x0.dtype).to(x0.device) for w in (share, 1 - share))
+    return picture*x0 + rest*noise
 
-# %% ../nbs/08_noise_schedule.ipynb #5ff7dd94
+# %% ../nbs/08_noise_schedule.ipynb #747e906f
 def sigma_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
     """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64.
     ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
-    sigmas = ((1 - scheduler.alphas_cumprod)/scheduler.alphas_cumprod).sqrt().double().cpu().numpy()
+    sigmas = ((1 - scheduler.alphas_cumprod)/scheduler.alphas_cumprod).sqrt().cpu().double().numpy()
     t = torch.as_tensor(t).cpu().numpy()
     if not np.all((t >= 0) & (t <= len(sigmas) - 1)):
         raise ValueError(f't={t} is not a time of this schedule. Give numbers from 0 to {len(sigmas) - 1}.')
     return torch.as_tensor(np.interp(t, np.arange(len(sigmas)), sigmas))
 
-# %% ../nbs/08_noise_schedule.ipynb #6c30b77b
+# %% ../nbs/08_noise_schedule.ipynb #09bf0a33
 def alpha_bar_at(
     scheduler: SchedulerMixin,
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
@@ -56,14 +56,14 @@ def alpha_bar_at(
     ValueError as `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     return 1/(sigma_at(scheduler, t)**2 + 1)
 
-# %% ../nbs/08_noise_schedule.ipynb #b152062d
+# %% ../nbs/08_noise_schedule.ipynb #a273affd
 class LMSScheduler(LMSDiscreteScheduler):
     "K-LMS that may start in the middle: its order is never more than the history it has. See lesson 11."
     def step(self, model_output, timestep, sample, order=4, **kwargs):
         order = min(order, len(self.derivatives) + 1)
         return super().step(model_output, timestep, sample, order=order, **kwargs)
 
-# %% ../nbs/08_noise_schedule.ipynb #65e65ba3
+# %% ../nbs/08_noise_schedule.ipynb #e831b3c4
 SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels of the model
     'PNDM': (PNDMScheduler, dict(timestep_spacing='leading', steps_offset=1, set_alpha_to_one=False,
                                  skip_prk_steps=True)),
@@ -73,7 +73,7 @@ SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels
     'Euler': (EulerDiscreteScheduler, dict(timestep_spacing='linspace', steps_offset=1)),
     'DPM-Solver++': (DPMSolverMultistepScheduler, dict(timestep_spacing='linspace', steps_offset=1))}
 
-# %% ../nbs/08_noise_schedule.ipynb #b29d0c58
+# %% ../nbs/08_noise_schedule.ipynb #65db97d3
 def with_scheduler(
     parts: Parts,
     name: str,      # one of `SCHEDULERS`
@@ -88,7 +88,7 @@ def with_scheduler(
     levels = {k: parts.scheduler.config[k] for k in trained if k in parts.scheduler.config}
     return replace(parts, scheduler=kind(**levels | needs | options))
 
-# %% ../nbs/08_noise_schedule.ipynb #a511d3e7
+# %% ../nbs/08_noise_schedule.ipynb #efa4dad9
 def begin(
     scheduler: SchedulerMixin,
     num_inference_steps: int,
