@@ -7,32 +7,46 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/guidance.html.md"""
 # %% auto #0
 __all__ = ['guide', 'watch_unet']
 
-# %% ../nbs/02_guidance.ipynb #585e192a
+# %% ../nbs/02_guidance.ipynb #4742e44c
 from collections.abc import Iterator
 from contextlib import contextmanager
+import torch
 from torch import Tensor
 from .checks import real_number
+from .models import StableDiffusionPipeline
 
-# %% ../nbs/02_guidance.ipynb #45a2ac58
+# %% ../nbs/02_guidance.ipynb #debcd52b
+def _predictions(**predictions):
+    "TypeError if one is no tensor of numbers, ValueError if their shapes differ."
+    for name, p in predictions.items():
+        kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
+        if kind is torch.bool or not isinstance(p, Tensor):
+            raise TypeError(f'{name} is of type {kind}, not a tensor of numbers. Give what a UNet predicts.')
+    (a, p), (b, q) = predictions.items()
+    if p.shape!=q.shape:
+        raise ValueError(f'{a} has shape {tuple(p.shape)} and {b} {tuple(q.shape)}: '
+                         'give two predictions for the same latents.')
+
+# %% ../nbs/02_guidance.ipynb #2c209b7d
 def guide(
     uncond: Tensor,         # noise predicted without the prompt, or for the negative prompt
     text: Tensor,           # noise predicted for the prompt, same shape
     guidance_scale: float,  # g: 0 ignores the prompt, 1 takes it plainly, more exaggerates it
 ) -> Tensor:
     """The guided prediction, uncond + g (text - uncond). Ho and Salimans 2022, arXiv:2207.12598.
-    ValueError for two shapes or a g that is not finite."""
-    real_number('guidance_scale', guidance_scale)
-    if uncond.shape!=text.shape:
-        raise ValueError(f'uncond has shape {tuple(uncond.shape)} and text {tuple(text.shape)}: '
-                         'give two predictions for the same latents.')
+    TypeError for what is no tensor, ValueError for two shapes or a g that is not finite."""
+    _predictions(uncond=uncond, text=text); real_number('guidance_scale', guidance_scale)
     return uncond + guidance_scale*(text - uncond)
 
-# %% ../nbs/02_guidance.ipynb #c4963848
+# %% ../nbs/02_guidance.ipynb #3c383f1b
 @contextmanager
 def watch_unet(
-    pipe, # a pipeline, or anything else with a `unet`
+    pipe: StableDiffusionPipeline, # or anything else with a `unet`
 ) -> Iterator[list[Tensor]]:
-    "While open, collect what the UNet predicts: one tensor for each call, (rows, channels, height, width)."
+    """While open, collect what the UNet predicts: one tensor for each call, (rows, channels, height, width).
+    TypeError if there is no `unet`."""
+    if not isinstance(getattr(pipe, 'unet', None), torch.nn.Module):
+        raise TypeError(f'pipe is a {type(pipe).__name__} without a unet. Give a pipeline: load_pipeline().')
     predictions = []
     note = lambda unet, inputs, outputs: predictions.append(outputs[0].detach())
     hook = pipe.unet.register_forward_hook(note)

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/images.html.md"""
 # %% auto #0
 __all__ = ['on_colour', 'image_grid', 'show_images', 'max_difference', 'mean_difference', 'fit_picture', 'film']
 
-# %% ../nbs/00_images.ipynb #6501efd9
+# %% ../nbs/00_images.ipynb #b21ea170
 from collections.abc import Iterable, Sequence
 from io import BytesIO
 from math import ceil, isfinite
@@ -17,26 +17,31 @@ from PIL import Image, ImageChops, ImageColor, ImageOps, ImageStat
 from matplotlib.figure import Figure
 from .checks import whole_number
 
-# %% ../nbs/00_images.ipynb #d37426e5
+# %% ../nbs/00_images.ipynb #09a65ae4
 def on_colour(
     image: Image.Image,        # any mode
     colour: str = 'white',     # what shows through
 ) -> Image.Image:
-    "The picture as RGB, transparent parts laid on a colour, 16 bits reduced to 8. TypeError if it is no picture."
+    """The picture as RGB, transparent parts laid on a colour, 16 bits reduced to 8. Modes I and F have no range
+    of their own: theirs is spread from black to white. TypeError for no picture, ValueError if it cannot be read."""
     if not isinstance(image, Image.Image):
         raise TypeError(f'image={image!r} is not a PIL picture. Open a file with PIL.Image.open.')
+    try: image.load()
+    except (OSError, SyntaxError) as e: raise ValueError(f'image cannot be read: {e}. Get the file again.') from None
     if not image.width*image.height: raise ValueError(f'image is {image.width} x {image.height}: it has no pixels.')
     if image.mode=='RGB': return image
-    if image.mode[0] in 'IF':   # one channel of more than 8 bits: spread what is there over 0 to 255
+    if image.mode.startswith('I;16'): return image.convert('F').point(lambda v: v*(1/257) + 0).convert('RGB')
+    if image.mode in 'IF':      # no fixed range: what is there is spread over 0 to 255
         image = image.convert('F'); low, high = image.getextrema()
         if not isfinite(low + high): raise ValueError('image has values that are not finite. Give one without nan.')
-        gain = 255/max(high - low, 1e-9)
+        if low==high: return Image.new('RGB', image.size, 'gray')
+        gain = 255/(high - low)
         return image.point(lambda v: v*gain - low*gain).convert('RGB')
     if not image.has_transparency_data: return image.convert('RGB')
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, colour), image).convert('RGB')
 
-# %% ../nbs/00_images.ipynb #67d1c422
+# %% ../nbs/00_images.ipynb #7ebe3e06
 def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
@@ -49,7 +54,7 @@ def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
                             'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
-# %% ../nbs/00_images.ipynb #eef45efd
+# %% ../nbs/00_images.ipynb #449d8070
 def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
     "Rows and columns for `n` pictures: the one follows from the other; with neither given, rows of four."
     for name, v in dict(rows=rows, cols=cols).items():
@@ -60,7 +65,7 @@ def _shape(n: int, rows: int | None, cols: int | None) -> tuple[int, int]:
         raise ValueError(f'rows={rows}, cols={cols}: the grid is too small for {n} pictures. Leave one of the two out.')
     return rows, cols
 
-# %% ../nbs/00_images.ipynb #bf0400af
+# %% ../nbs/00_images.ipynb #a51014db
 def image_grid(
     images: Sequence[Image.Image], # PIL pictures, all of one size
     rows: int | None = None,       # default: as many as `cols` needs
@@ -81,7 +86,7 @@ def image_grid(
         grid.paste(on_colour(im, background), (i%cols*(w+gap), i//cols*(h+gap)))
     return grid
 
-# %% ../nbs/00_images.ipynb #d4a27001
+# %% ../nbs/00_images.ipynb #578a7e46
 def show_images(
     images: Sequence[Image.Image],        # PIL pictures; sizes may differ
     titles: Sequence | None = None,       # one for each picture, of any kind
@@ -106,7 +111,7 @@ def show_images(
         if titles: ax.set_title(titles[i], fontsize=9, pad=5)
     return fig
 
-# %% ../nbs/00_images.ipynb #e668b030
+# %% ../nbs/00_images.ipynb #a63c3837
 def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     "The picture of absolute differences. ValueError if the sizes differ."
     for name, im in dict(a=a, b=b).items():
@@ -114,7 +119,7 @@ def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     return ImageChops.difference(a.convert('RGB'), b.convert('RGB'))
 
-# %% ../nbs/00_images.ipynb #c6539a3f
+# %% ../nbs/00_images.ipynb #8983e3e4
 def max_difference(
     a: Image.Image, # any picture
     b: Image.Image, # one of the same size
@@ -122,7 +127,7 @@ def max_difference(
     "The largest difference of two pictures in any channel of any pixel, in levels of 255."
     return max(high for low, high in _difference(a, b).getextrema())
 
-# %% ../nbs/00_images.ipynb #59c2b08a
+# %% ../nbs/00_images.ipynb #9888e9a3
 def mean_difference(
     a: Image.Image, # any picture
     b: Image.Image, # one of the same size
@@ -130,7 +135,7 @@ def mean_difference(
     "The mean difference of two pictures over all channels and pixels, in levels of 255."
     return sum(ImageStat.Stat(_difference(a, b)).mean)/3
 
-# %% ../nbs/00_images.ipynb #6d90e4f5
+# %% ../nbs/00_images.ipynb #40645af2
 def fit_picture(
     image: Image.Image,     # any mode, any size
     width: int,             # pixels
@@ -142,7 +147,7 @@ def fit_picture(
     upright = ImageOps.exif_transpose(_checked([image])[0])
     return ImageOps.fit(on_colour(upright, colour), (width, height), Image.Resampling.LANCZOS)
 
-# %% ../nbs/00_images.ipynb #61db293b
+# %% ../nbs/00_images.ipynb #84d57f98
 def film(
     frames: Sequence[Image.Image], # PIL pictures of one size
     seconds: float = .15,          # each frame stands

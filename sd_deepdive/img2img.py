@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/image_to_image.html.md"""
 # %% auto #0
 __all__ = ['img2img_pipeline', 'skipped_steps', 'image_to_image', 'fetch_picture']
 
-# %% ../nbs/03_image_to_image.ipynb #d8bca4e5
+# %% ../nbs/03_image_to_image.ipynb #0cc4d502
 import reprlib
 from collections.abc import Sequence
 from contextlib import redirect_stdout
@@ -20,14 +20,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from PIL import Image
 from fastdownload import FastDownload, download_url
-from .checks import enough_memory, pair_up, real_number, texts, whole_number
+from .checks import enough_memory, pair_up, real_number, texts, whole_number, whole_numbers
 from .images import fit_picture
-from .models import StableDiffusionPipeline, generators
+from .models import StableDiffusionPipeline, generators, set_timesteps
 
-# %% ../nbs/03_image_to_image.ipynb #21f76e73
+# %% ../nbs/03_image_to_image.ipynb #917e26be
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
 
-# %% ../nbs/03_image_to_image.ipynb #bef3d926
+# %% ../nbs/03_image_to_image.ipynb #aa9a9c80
 def img2img_pipeline(
     pipe: StableDiffusionPipeline, # from `load_pipeline`
 ) -> StableDiffusionImg2ImgPipeline:
@@ -40,15 +40,15 @@ def img2img_pipeline(
     made.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     return made
 
-# %% ../nbs/03_image_to_image.ipynb #1b49bc12
+# %% ../nbs/03_image_to_image.ipynb #6aa1e9b3
 def skipped_steps(
     strength: float,          # 0 to 1
     num_inference_steps: int,
 ) -> int:
-    "How many of the first steps a strength leaves out. ValueError if not in 0 to 1, or if none is left to run."
+    "How many of the first steps a strength leaves out. ValueError if none is left, or if not in 0 to 1."
     whole_number('num_inference_steps', num_inference_steps, 1)
     if isinstance(strength, bool) or not isinstance(strength, Real):
-        raise TypeError(f'strength={strength!r} is not a number. Give one between 0 and 1, such as 0.8.')
+        raise TypeError(f'strength={reprlib.repr(strength)} is not a number. Give one such as 0.8.')
     if not 0 <= strength <= 1:
         raise ValueError(f'strength={strength} is out of range. Give a number between 0 and 1.')
     run = int(num_inference_steps*strength + 1e-6)    # a little more, since 100*0.29 is 28.999999999999996
@@ -57,7 +57,19 @@ def skipped_steps(
                          f'Give at least {ceil(1000/num_inference_steps)/1000:g}.')
     return num_inference_steps - run
 
-# %% ../nbs/03_image_to_image.ipynb #996ddae9
+# %% ../nbs/03_image_to_image.ipynb #e09a6aa8
+def _start(image: Image.Image, side: int) -> Image.Image:
+    "The picture to start from, made to fit. TypeError for no picture, ValueError if it cannot be read."
+    if not isinstance(image, Image.Image):
+        raise TypeError(f'init_image is a {type(image).__name__}, not a PIL picture. '
+                        'Open a file with PIL.Image.open, convert an array with PIL.Image.fromarray.')
+    if 0 in image.size: raise ValueError(f'init_image has no pixels: its size is {image.size}.')
+    try: image.load()
+    except Exception as e:    # the readers of the many formats raise errors of many kinds
+        raise ValueError(f'init_image cannot be read ({e}). Get the file again.') from None
+    return fit_picture(image, side, side)
+
+# %% ../nbs/03_image_to_image.ipynb #0865c099
 def image_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
@@ -72,51 +84,65 @@ def image_to_image(
     """A picture for each prompt and seed, from one start. Meng et al. 2021, arXiv:2108.01073.
     ValueError or TypeError for a wrong argument, MemoryError where the memory is not enough."""
     img2img = img2img_pipeline(pipe)
-    if not isinstance(init_image, Image.Image):
-        raise TypeError(f'init_image is a {type(init_image).__name__}, not a PIL picture. '
-                        'Open a file with PIL.Image.open, convert an array with PIL.Image.fromarray.')
-    if 0 in init_image.size: raise ValueError(f'init_image has no pixels: its size is {init_image.size}.')
-    whole_number('num_inference_steps', num_inference_steps, 1, pipe.scheduler.config.num_train_timesteps)
-    whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
+    start = _start(init_image, pipe.unet.config.sample_size*pipe.vae_scale_factor)
+    set_timesteps(img2img.scheduler, num_inference_steps)    # an error if it cannot walk so many
     run = num_inference_steps - skipped_steps(strength, num_inference_steps)
-    seeds = seeds if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [seeds]
-    seeds = [whole_number('seeds', s, 0) for s in seeds]
-    prompts, seeds, negative = pair_up(prompts=texts('prompt', prompt), seeds=seeds,
-                                       negative_prompts=texts('negative_prompt', negative_prompt or ''))
-    side, pictures = pipe.unet.config.sample_size*pipe.vae_scale_factor, []
-    start = fit_picture(init_image, side, side)
+    whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
+    negative = texts('negative_prompt', '' if negative_prompt is None else negative_prompt)
+    seeds = whole_numbers('seeds', seeds, 0, 2**64 - 1)
+    prompts = texts('prompt', prompt)
+    prompts, seeds, negative = pair_up(prompts=prompts, seeds=seeds, negative_prompts=negative)
+    same = dict(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
+                strength=min(1, (run + .5)/num_inference_steps))    # for which the library gives `run`
+    pictures = []
     for i in range(0, len(prompts), batch_size):
         one = slice(i, i + batch_size)
         with enough_memory(f'batch_size, now {batch_size}'):
             pictures += img2img(prompts[one], image=[start]*len(prompts[one]), negative_prompt=negative[one],
-                                generator=generators(seeds[one]), guidance_scale=guidance_scale,
-                                num_inference_steps=num_inference_steps,
-                                strength=min(1, (run + .5)/num_inference_steps)).images    # gives `run`
+                                generator=generators(seeds[one]), **same).images
     return pictures
 
-# %% ../nbs/03_image_to_image.ipynb #5e253685
+# %% ../nbs/03_image_to_image.ipynb #48db03b6
+def _place(url: str, folder: str | Path | None) -> Path:
+    "The file for what lies at an address; its folder is made. TypeError or ValueError for what cannot be."
+    if not isinstance(url, str): raise TypeError(f'url is a {type(url).__name__}, not text. Give an address.')
+    try: (address := urlsplit(url)).port     # asking for the port checks it
+    except ValueError: address = None
+    if not address or address.scheme not in ('http', 'https', 'file') or not url.isprintable():
+        raise ValueError(f'url={url[:100]!r} is not an address. Give one that begins with https://')
+    if not isinstance(folder, str | Path | None):
+        raise TypeError(f'folder is a {type(folder).__name__}. Give a path, as text or as a Path.')
+    try:
+        folder = FastDownload().arch_path() if folder is None else Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as e:
+        why = getattr(e, 'strerror', None) or e
+        raise ValueError(f'folder={str(folder)[:100]!r} cannot be used ({why}). Give another one.') from None
+    return folder/f'{sha256(url.encode()).hexdigest()[:20]}{Path(address.path).suffix[:8]}'
+
+# %% ../nbs/03_image_to_image.ipynb #99e5c71e
+def _download(url: str, file: Path):
+    "Fetch what lies at an address into a file; only what came whole is kept. ConnectionError for no answer."
+    part = file.with_name(f'{file.name}.part')
+    try:
+        with redirect_stdout(StringIO()): download_url(url, part, timeout=30, show_progress=False)
+        part.replace(file)
+    except (OSError, HTTPException, NameError, ValueError) as e:   # NameError: how fastcore says "cut short"
+        reason = 'cut short' if isinstance(e, NameError) else getattr(e, 'reason', e)
+        why = getattr(reason, 'strerror', None) or f'{reason} '.splitlines()[0].strip()
+        raise ConnectionError(f'{url} could not be fetched ({why}). Check address and network, '
+                              'or open a file of yours with PIL.Image.open.') from None
+
+# %% ../nbs/03_image_to_image.ipynb #37e2337f
 def fetch_picture(
     url: str,                         # https://..., or file://...
     folder: str | Path | None = None, # to keep it in; default: fastdownload's, ~/.fastdownload/archive
 ) -> Image.Image:
-    "A picture by its address, fetched once. ConnectionError for no answer, ValueError for no picture."
-    if not isinstance(url, str) or urlsplit(url).scheme not in ('http', 'https', 'file'):
-        raise ValueError(f'url={url!r} is not an address. Give one that begins with https://')
-    folder = FastDownload().arch_path() if folder is None else Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder/f'{sha256(url.encode()).hexdigest()[:20]}{Path(urlsplit(url).path).suffix}'
-    part = file.with_name(f'{file.name}.part')
-    if not file.exists():
-        try:
-            with redirect_stdout(StringIO()): download_url(url, part, timeout=30, show_progress=False)
-            part.replace(file)    # only what came whole is kept
-        except (OSError, HTTPException, NameError) as e:   # NameError: how fastcore says "cut short"
-            reason = 'cut short' if isinstance(e, NameError) else getattr(e, 'reason', e)
-            why = getattr(reason, 'strerror', None) or f'{reason} '.splitlines()[0].strip()
-            raise ConnectionError(f'{url} could not be fetched ({why}). Check address and network, '
-                                  'or open a file of yours with PIL.Image.open.') from None
+    "A picture by its address, fetched once. ConnectionError: no answer; ValueError: no address, no picture."
+    file = _place(url, folder)
+    if not file.exists(): _download(url, file)
     try: (image := Image.open(file)).load()
-    except (OSError, SyntaxError, ValueError):
+    except Exception:         # the readers of the many formats raise errors of many kinds
         file.unlink()
         raise ValueError(f'{url} gave no picture that can be read. '
                          'Open the address in a browser to see what is there.') from None

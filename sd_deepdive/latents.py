@@ -7,90 +7,113 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/autoencoder.html.md"""
 # %% auto #0
 __all__ = ['picture2tensor', 'make_img', 'pil2latent', 'decode', 'latents2pil', 'psnr']
 
-# %% ../nbs/06_autoencoder.ipynb #e2273c47
+# %% ../nbs/06_autoencoder.ipynb #6ec79269
 from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from .checks import pair_up, side, whole_number
+from .checks import pair_up, side, whole_numbers
 from .images import on_colour
 from .models import generators
-from .parts import Parts
+from .parts import Parts, take_apart
 
-# %% ../nbs/06_autoencoder.ipynb #947bbc48
+# %% ../nbs/06_autoencoder.ipynb #e217ccbe
 def picture2tensor(
     image: Image.Image,  # any mode; transparent parts are laid on white
 ) -> Tensor:
     "Pixels (3, H, W) from -1 to 1, float32: the inverse of `make_img`. TypeError if it is no picture."
     return torch.from_numpy(np.asarray(on_colour(image), dtype=np.float32)).permute(2, 0, 1)/127.5 - 1
 
-# %% ../nbs/06_autoencoder.ipynb #57457c7a
+# %% ../nbs/06_autoencoder.ipynb #620c0a00
+def _finite_numbers(name: str, values: Tensor) -> None:
+    "TypeError if a tensor does not hold fractions, ValueError if some of them are infinite or nan."
+    if not values.is_floating_point():
+        raise TypeError(f'{name} has values of {values.dtype}. Give float32 values.')
+    if not values.isfinite().all():
+        raise ValueError(f'{name} has values that are not finite. Compute in float32.')
+
+# %% ../nbs/06_autoencoder.ipynb #a8df61f0
 def make_img(
-    pixels: Tensor,   # (3, H, W), from -1 to 1; what is beyond is cut off
+    pixels: Tensor,   # (3, H, W), from -1 to 1; what is a little beyond is cut off
 ) -> Image.Image:
     "One picture from what the decoder gives. ValueError for another shape, or numbers that are none (nan)."
     if not isinstance(pixels, Tensor):
-        raise TypeError(f'pixels={pixels!r} is not a tensor. Give one picture of what decode returns.')
-    if pixels.ndim!=3 or len(pixels)!=3:
+        raise TypeError(f'pixels is a {type(pixels).__name__}, not a tensor. Give one picture of decode.')
+    if pixels.ndim!=3 or len(pixels)!=3 or not pixels.numel():
         raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give one picture, (3, height, width).')
-    if not pixels.isfinite().all():
-        raise ValueError('pixels has values that are not finite. Compute in float32.')
+    _finite_numbers('pixels', pixels)
+    if (most := pixels.abs().max().item())>20:     # even random latents decode to less
+        raise ValueError(f'pixels has values up to {most:g}. Give numbers from -1 to 1, not levels.')
     levels = ((pixels.float()/2 + .5).clamp(0, 1)*255).round().byte()
     return Image.fromarray(levels.permute(1, 2, 0).cpu().numpy())
 
-# %% ../nbs/06_autoencoder.ipynb #cbe5aedd
+# %% ../nbs/06_autoencoder.ipynb #6249b7ff
+def _one_size(images, factor: int) -> list[Tensor]:
+    "The pixels of one or several pictures of one size. TypeError or ValueError for what cannot be encoded."
+    if isinstance(images, Image.Image): images = [images]
+    if not isinstance(images, Iterable) or isinstance(images, str | bytes):
+        raise TypeError(f'images is a {type(images).__name__}. Give a PIL picture, or a list of them.')
+    images = list(images)
+    if not images: raise ValueError('images is empty: give at least one picture.')
+    for i, im in enumerate(images):
+        if not isinstance(im, Image.Image):
+            raise TypeError(f'images[{i}] is a {type(im).__name__}. Open a file with PIL.Image.open.')
+    if len(sizes := {im.size for im in images})>1:
+        raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
+    for name, value in zip(('width', 'height'), images[0].size): side(name, value, factor)
+    return [picture2tensor(im) for im in images]
+
+# %% ../nbs/06_autoencoder.ipynb #2b027925
 @torch.no_grad()
 def pil2latent(
-    parts: Parts,
+    parts: Parts,                                  # a pipeline will do too
     images: Image.Image | Sequence[Image.Image],   # one or several, of one size, any mode
     seeds: int | Sequence[int] | None = None,      # draw a sample; default: take the mean
 ) -> Tensor:
     "Scaled latents (B, 4, H/8, W/8) of pictures. TypeError or ValueError for no picture, or an unfit size."
-    several = isinstance(images, Iterable) and not isinstance(images, Image.Image)
-    images = list(images) if several else [images]
-    if not images: raise ValueError('images is empty: give at least one picture.')
-    pixels = [picture2tensor(im) for im in images]
-    if len(sizes := {im.size for im in images})>1:
-        raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
-    for name, value in zip(('width', 'height'), images[0].size): side(name, value, parts.factor)
+    parts = take_apart(parts)
+    pixels = _one_size(images, parts.factor)
+    if seeds is not None: _, seeds = pair_up(images=pixels, seeds=whole_numbers('seeds', seeds, 0))
     dist = parts.vae.encode(torch.stack(pixels).to(parts.device, parts.dtype)).latent_dist
     if seeds is None: return dist.mean*parts.scaling_factor
-    seeds = [whole_number('seeds', s, 0) for s in (seeds if isinstance(seeds, Sequence) else [seeds])]
-    _, seeds = pair_up(images=images, seeds=seeds)
     shape = (1, *dist.mean.shape[1:])
     noise = torch.cat([torch.randn(shape, generator=g, dtype=parts.dtype) for g in generators(seeds)])
     return (dist.mean + dist.std*noise.to(parts.device))*parts.scaling_factor
 
-# %% ../nbs/06_autoencoder.ipynb #d598c0f0
+# %% ../nbs/06_autoencoder.ipynb #ac316fb6
 @torch.no_grad()
 def decode(
-    parts: Parts,
+    parts: Parts,     # a pipeline will do too
     latents: Tensor,  # (B, 4, h, w), scaled
 ) -> Tensor:
-    "Pixels (B, 3, 8h, 8w), about -1 to 1. ValueError for latents of another shape."
+    "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for what are no latents."
+    parts = take_apart(parts)
     if not isinstance(latents, Tensor):
-        raise TypeError(f'latents={latents!r} is not a tensor. Give what pil2latent returns.')
-    channels = parts.vae.config.latent_channels
-    if latents.ndim!=4 or latents.shape[1]!=channels:
-        shape = tuple(latents.shape)
+        raise TypeError(f'latents is a {type(latents).__name__}, not a tensor. Give what pil2latent returns.')
+    channels, shape = parts.vae.config.latent_channels, tuple(latents.shape)
+    if latents.ndim!=4 or latents.shape[1]!=channels or not latents.numel():
         raise ValueError(f'latents has shape {shape}. Give (pictures, {channels}, height, width).')
+    _finite_numbers('latents', latents)
     return parts.vae.decode(latents.to(parts.device, parts.dtype)/parts.scaling_factor).sample
 
-# %% ../nbs/06_autoencoder.ipynb #a5522c9c
+# %% ../nbs/06_autoencoder.ipynb #dfa1113e
 def latents2pil(
-    parts: Parts,
+    parts: Parts,     # a pipeline will do too
     latents: Tensor,  # (B, 4, h, w), scaled
 ) -> list[Image.Image]:
     "The pictures that scaled latents stand for. ValueError for another shape, or for nan."
     return [make_img(pixels) for pixels in decode(parts, latents)]
 
-# %% ../nbs/06_autoencoder.ipynb #e19df10f
+# %% ../nbs/06_autoencoder.ipynb #470bab2a
 def psnr(
     a: Image.Image,  # any picture
     b: Image.Image,  # one of the same size
 ) -> float:
     "Peak signal-to-noise ratio of two pictures in dB: higher is nearer, inf equal. ValueError for two sizes."
+    for name, im in dict(a=a, b=b).items():
+        if not isinstance(im, Image.Image):
+            raise TypeError(f'{name} is a {type(im).__name__}, not a PIL picture. Give two pictures.')
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     a, b = (np.asarray(on_colour(im), dtype=float) for im in (a, b))
     error = ((a - b)**2).mean()

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/variations.html.md"""
 # %% auto #0
 __all__ = ['NoiseOracle', 'with_oracle', 'mixture', 'walk_down']
 
-# %% ../nbs/11_variations.ipynb #53d0eedd
+# %% ../nbs/11_variations.ipynb #a114fd7a
 import torch
 from dataclasses import replace
 from .parts import Parts
@@ -15,7 +15,7 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
 from .sampling import denoise, make_noise, start_latents
 
-# %% ../nbs/11_variations.ipynb #5f425228
+# %% ../nbs/11_variations.ipynb #4516c115
 class NoiseOracle(nn.Module):
     "A UNet that knows the noise, and answers with it whatever it is shown."
     def __init__(self, noise: Tensor, config):
@@ -25,7 +25,7 @@ class NoiseOracle(nn.Module):
         answer = self.noise.repeat(len(sample)//len(self.noise), 1, 1, 1)
         return UNet2DConditionOutput(sample=answer) if return_dict else (answer,)
 
-# %% ../nbs/11_variations.ipynb #3370daae
+# %% ../nbs/11_variations.ipynb #3f3af3db
 def with_oracle(
     parts: Parts,
     noise: Tensor,   # (B, 4, h, w), the noise that will have been added
@@ -33,18 +33,21 @@ def with_oracle(
     "The same parts with a UNet that knows the noise."
     return replace(parts, unet=NoiseOracle(noise, parts.unet.config))
 
-# %% ../nbs/11_variations.ipynb #1e1281a8
+# %% ../nbs/11_variations.ipynb #7c311df7
 def mixture(
     latents: Tensor,  # the result of a loop
     x0: Tensor,       # the latents it should have come to, same shape
     noise: Tensor,    # the noise that was added
 ) -> tuple[float, float]:
     "The weights of picture and noise in the result: a and c of the least-squares fit a x0 + c noise."
+    for name, x in dict(latents=latents, x0=x0, noise=noise).items():
+        if not isinstance(x, Tensor) or x.shape!=latents.shape or not x.is_floating_point() or not x.isfinite().all():
+            raise ValueError(f'{name} should be finite latents, of one shape with the others: {tuple(latents.shape)}.')
     known = torch.stack([x0.flatten(), noise.flatten()], 1).double().cpu()
     a, c = torch.linalg.lstsq(known, latents.flatten()[:, None].double().cpu()).solution.flatten().tolist()
     return a, c
 
-# %% ../nbs/11_variations.ipynb #e9ea69f5
+# %% ../nbs/11_variations.ipynb #4cb441dc
 def walk_down(
     parts: Parts,
     x0: Tensor,                    # (1, 4, h, w), latents of a picture to start from
@@ -56,7 +59,8 @@ def walk_down(
     "The weights of picture and noise at the end of the loop, with a UNet that is never wrong."
     noise = make_noise(parts, seed, *(parts.factor*n for n in x0.shape[2:]))
     parts = with_oracle(parts, noise)
-    latents = start_latents(parts, noise, num_inference_steps, x0, start_step if noised_for is None else noised_for)
-    text = torch.zeros(1, 1, 1)    # the oracle reads nothing
+    noised_for = start_step if noised_for is None else noised_for
+    latents = start_latents(parts, noise, num_inference_steps, x0, noised_for)
+    text = noise.new_zeros(1, 1, parts.unet.config.cross_attention_dim)    # the oracle reads nothing
     for step in denoise(parts, latents, text, None, 1., num_inference_steps, start_step): pass
     return mixture(step.latents, x0, noise)

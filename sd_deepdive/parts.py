@@ -7,10 +7,10 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/latent_diffusion.html.md"""
 # %% auto #0
 __all__ = ['Parts', 'take_apart', 'load_parts', 'latents_callback']
 
-# %% ../nbs/05_latent_diffusion.ipynb #77df7bb5
+# %% ../nbs/05_latent_diffusion.ipynb #de1e659e
 import reprlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
 from .models import EMBEDDED, StableDiffusionPipeline, load_pipeline   # first: it keeps diffusers quiet
@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTokenizer
 from .checks import whole_number
 
-# %% ../nbs/05_latent_diffusion.ipynb #248a9ba9
+# %% ../nbs/05_latent_diffusion.ipynb #32ff7d7f
 @dataclass(frozen=True, repr=False)
 class Parts:
     "The parts of a latent diffusion model, and the numbers that belong to them."
@@ -50,17 +50,19 @@ class Parts:
         "What the autoencoder's latents are multiplied by, so that they deviate by about one."
         return self.vae.config.scaling_factor
 
-# %% ../nbs/05_latent_diffusion.ipynb #ff270728
+# %% ../nbs/05_latent_diffusion.ipynb #409bf384
 def take_apart(
     pipe: StableDiffusionPipeline | Parts, # from `load_pipeline`; parts are given back as they are
 ) -> Parts:
     "The parts of a pipeline. They are not copied. TypeError for anything else."
-    if isinstance(pipe, Parts): return pipe
+    names = [f.name for f in fields(Parts)]
+    if all(hasattr(pipe, name) for name in [*names, 'factor']): return pipe    # parts already
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. Give what load_pipeline() or load_parts() returns.')
-    return Parts(pipe.tokenizer, pipe.text_encoder, pipe.unet, pipe.vae, pipe.scheduler)
+        raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. '
+                        'Give what load_pipeline() or load_parts() returns.')
+    return Parts(**{name: getattr(pipe, name) for name in names})
 
-# %% ../nbs/05_latent_diffusion.ipynb #ac745b38
+# %% ../nbs/05_latent_diffusion.ipynb #a0aa1419
 def load_parts(
     name: str | Path = EMBEDDED,               # "embedded", a folder, or a hub id
     device: torch.device | str | None = None,  # default: the best there is
@@ -69,13 +71,14 @@ def load_parts(
     "The parts of a model by name; no safety checker is among them. Errors as `load_pipeline`."
     return take_apart(load_pipeline(name, device, dtype, safety_checker=False))
 
-# %% ../nbs/05_latent_diffusion.ipynb #5b8c8465
+# %% ../nbs/05_latent_diffusion.ipynb #32bb6ab3
 def latents_callback(
-    frames: list,     # the pictures are appended here: at each look a list, one for each picture of the batch
+    frames: list,     # gets the pictures: at each look a list, one for each picture of the batch
     every: int = 1,   # look after the first step, then after each so many
 ) -> Callable:
     "A function for `callback_on_step_end` of a pipeline, which decodes the latents and keeps the pictures."
     whole_number('every', every, 1)
+    if not isinstance(frames, list): raise TypeError(f'frames is a {type(frames).__name__}. Give an empty list.')
     def callback(pipe, i, t, kwargs):
         if i%every==0:
             pixels = pipe.vae.decode(kwargs['latents']/pipe.vae.config.scaling_factor).sample

@@ -7,30 +7,20 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/unet.html.md"""
 # %% auto #0
 __all__ = ['predict_x0', 'predict_noise', 'score']
 
-# %% ../nbs/09_unet.ipynb #3b3c62b8
-import torch
+# %% ../nbs/09_unet.ipynb #e525a080
 from torch import Tensor
+from .schedule import weights_at
 
-# %% ../nbs/09_unet.ipynb #413fc8af
-def _weights(
-    alpha_bar: Tensor | float,
-    like: Tensor,
-    none: float,               # 0 or 1: where the formula would divide by zero
-) -> tuple[Tensor, Tensor]:
-    "How much picture and noise x_t holds: sqrt(alpha-bar), sqrt(1 - alpha-bar). ValueError for no share."
-    share = torch.as_tensor(alpha_bar)
-    if not ((share >= 0) & (share <= 1) & (share != none)).all():
-        raise ValueError(f'alpha_bar={alpha_bar} is not a share of the variance. '
-                         f'Give a number from 0 to 1, but not {none}.')
-    return tuple(w.sqrt().to(like.dtype).to(like.device) for w in (share, 1 - share))
-
+# %% ../nbs/09_unet.ipynb #633d455b
 def _same_shape(**tensors: Tensor):
     "ValueError if two tensors, given by name, differ in shape."
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
     (a, x), (b, y) = tensors.items()
     if x.shape!=y.shape:
         raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give two of one shape.')
 
-# %% ../nbs/09_unet.ipynb #15420733
+# %% ../nbs/09_unet.ipynb #b8557ffa
 def predict_x0(
     x_t: Tensor,                # noisy latents as the UNet sees them
     noise: Tensor,              # what it says is noise in them
@@ -39,10 +29,10 @@ def predict_x0(
     """The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar).
     ValueError for two shapes, or for no share. Song et al. 2021, arXiv:2010.02502, eq. 9."""
     _same_shape(x_t=x_t, noise=noise)
-    of_x0, of_noise = _weights(alpha_bar, x_t, 0)
+    of_x0, of_noise = weights_at(alpha_bar, x_t, none=0)
     return (x_t - of_noise*noise)/of_x0
 
-# %% ../nbs/09_unet.ipynb #6bce3fd3
+# %% ../nbs/09_unet.ipynb #8eb6c766
 def predict_noise(
     x_t: Tensor,                # noisy latents as the UNet sees them
     x0: Tensor,                 # the picture behind the noise
@@ -50,14 +40,14 @@ def predict_noise(
 ) -> Tensor:
     "The noise between a picture and its noisy form: the inverse of `predict_x0`. ValueError as there."
     _same_shape(x_t=x_t, x0=x0)
-    of_x0, of_noise = _weights(alpha_bar, x_t, 1)
+    of_x0, of_noise = weights_at(alpha_bar, x_t, none=1)
     return (x_t - of_x0*x0)/of_noise
 
-# %% ../nbs/09_unet.ipynb #e80bf09f
+# %% ../nbs/09_unet.ipynb #f7e884b2
 def score(
     noise: Tensor,              # predicted
     alpha_bar: Tensor | float,  # the share of the picture in the variance of x_t
 ) -> Tensor:
     """The gradient of log p(x_t), the direction in which x_t gets likelier: -noise/sqrt(1 - alpha-bar).
     ValueError for no share. Song et al. 2021, arXiv:2011.13456."""
-    return -noise/_weights(alpha_bar, noise, 1)[1]
+    return -noise/weights_at(alpha_bar, noise, none=1)[1]

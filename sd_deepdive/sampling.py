@@ -7,23 +7,24 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/loop.html.md"""
 # %% auto #0
 __all__ = ['make_noise', 'start_latents', 'ask_unet', 'Step', 'denoise', 'make_samples']
 
-# %% ../nbs/10_loop.ipynb #ad97808a
-from collections.abc import Iterator, Sequence
+# %% ../nbs/10_loop.ipynb #8cff3f8f
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 import torch
+from fastcore.basics import chunked
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import enough_memory, pair_up, real_number, side, texts, whole_number
+from .checks import enough_memory, pair_up, real_number, side, texts, whole_number, whole_numbers
 from .guidance import guide
 from .latents import decode, pil2latent
 from .models import generators
-from .parts import Parts
+from .parts import Parts, take_apart
 from .prediction import predict_x0
 from .schedule import alpha_bar_at, begin
 from .text import text_enc
 
-# %% ../nbs/10_loop.ipynb #d4ad1705
+# %% ../nbs/10_loop.ipynb #11b035d4
 def make_noise(
     parts: Parts,
     seeds: int | Sequence[int],   # one for each picture
@@ -31,13 +32,38 @@ def make_noise(
     width: int | None = None,
 ) -> Tensor:
     "Normal noise (B, 4, h, w), one generator for each picture: the same to the bit alone and in a batch."
-    seeds = list(seeds) if isinstance(seeds, Sequence) else [seeds]
-    height, width = (parts.side if v is None else v for v in (height, width))
-    shape = (1, parts.channels, side('height', height, parts.factor)//parts.factor, side('width', width, parts.factor)//parts.factor)
-    noise = [torch.randn(shape, generator=g, dtype=parts.dtype) for g in generators([whole_number('seeds', s, 0) for s in seeds])]
+    parts = take_apart(parts)
+    sides = [side(name, parts.side if value is None else value, parts.factor)//parts.factor
+             for name, value in dict(height=height, width=width).items()]
+    noise = [torch.randn(1, parts.channels, *sides, generator=g, dtype=parts.dtype)
+             for g in generators(seeds if isinstance(seeds, Iterable) else [seeds])]
     return torch.cat(noise).to(parts.device)
 
-# %% ../nbs/10_loop.ipynb #ad53c0b1
+# %% ../nbs/10_loop.ipynb #cac5e208
+def _fitting(parts: Parts, pictures: int | str = 'pictures', **tensors: Tensor):
+    "A clear error if latents, or hidden states (`text`, `uncond`), do not fit the model or each other."
+    for name, x in tensors.items():
+        wanted = (pictures, parts.channels, 'height', 'width')
+        if name in ('text', 'uncond'): wanted = (pictures, 'tokens', parts.unet.config.cross_attention_dim)
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
+        if x.ndim!=len(wanted) or any(w!=n for w, n in zip(wanted, x.shape) if not isinstance(w, str)):
+            raise ValueError(f'{name} has shape {tuple(x.shape)}. Give ({", ".join(map(str, wanted))}).')
+        if (x.device.type, x.dtype)!=(parts.device.type, parts.dtype):
+            raise ValueError(f'{name} is {x.dtype} on {x.device}, the model {parts.dtype} on {parts.device}. '
+                             f'Use {name}.to(parts.device, parts.dtype).')
+        if not x.isfinite().all(): raise ValueError(f'{name} has values that are not finite. Compute in float32.')
+
+def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float):
+    "A clear error if what the UNet is to be asked does not fit together."
+    real_number('guidance_scale', guidance_scale)
+    _fitting(parts, latents=latents)
+    _fitting(parts, len(latents), text=text, **{} if uncond is None else dict(uncond=uncond))
+    if uncond is None and guidance_scale!=1:
+        raise ValueError(f'guidance_scale={guidance_scale} needs uncond: give the hidden states of "".')
+    if uncond is not None and uncond.shape!=text.shape:
+        raise ValueError(f'uncond has shape {tuple(uncond.shape)}, text {tuple(text.shape)}: give as many tokens.')
+
+# %% ../nbs/10_loop.ipynb #0523ae15
 def start_latents(
     parts: Parts,
     noise: Tensor,               # (B, 4, h, w), from `make_noise`
@@ -45,12 +71,19 @@ def start_latents(
     init: Tensor | None = None,  # latents of a picture to start from; default: none, begin with noise alone
     start_step: int = 0,         # how many steps to leave out
 ) -> Tensor:
-    "What the loop begins with at `start_step`: noise as large as the scheduler wants it, or a picture with that much noise."
+    """What the loop begins with at `start_step`: noise as large as the scheduler wants it, or a picture with that
+    much noise. ValueError for a step that is none, a start_step with no picture, or two shapes."""
+    if init is None and start_step:
+        raise ValueError(f'start_step={start_step} leaves steps out: that needs init, the latents of a picture.')
+    if init is not None and init.shape!=noise.shape:
+        raise ValueError(f'init has shape {tuple(init.shape)}, noise {tuple(noise.shape)}: give noise for each latent.')
+    parts = take_apart(parts)
+    _fitting(parts, noise=noise, **{} if init is None else dict(init=init))
     scheduler, timesteps = begin(parts.scheduler, num_inference_steps, start_step, parts.device)
     if init is None: return noise*scheduler.init_noise_sigma
     return scheduler.add_noise(init, noise, timesteps[:1])
 
-# %% ../nbs/10_loop.ipynb #07e6bad2
+# %% ../nbs/10_loop.ipynb #f509da6c
 def ask_unet(
     parts: Parts,
     x_t: Tensor,             # (B, 4, h, w), noisy latents
@@ -59,13 +92,15 @@ def ask_unet(
     uncond: Tensor | None,   # (B, 77, D), of the empty or the negative prompts; not needed if g = 1
     guidance_scale: float,   # g
 ) -> Tensor:
-    "The guided noise. Only the passes that g needs are computed: the text alone for 1, uncond alone for 0, else both at once."
+    """The guided noise. Only the passes that g needs are computed: the text alone for 1, uncond alone for 0,
+    else both at once. Ho and Salimans 2022, arXiv:2207.12598."""
+    _check(parts, x_t, text, uncond, guidance_scale)
     ask = lambda x, words: parts.unet(x, t, encoder_hidden_states=words).sample
     if guidance_scale==1: return ask(x_t, text)
     if guidance_scale==0: return ask(x_t, uncond)
     return guide(*ask(torch.cat([x_t, x_t]), torch.cat([uncond, text])).chunk(2), guidance_scale)
 
-# %% ../nbs/10_loop.ipynb #595a5ad2
+# %% ../nbs/10_loop.ipynb #6fb98a9d
 @dataclass
 class Step:
     "One step of the loop."
@@ -76,20 +111,21 @@ class Step:
     x0: Tensor        # the clean latents that this prediction means
     latents: Tensor   # what the scheduler made of it. Assign to it, and the loop goes on from there
 
-# %% ../nbs/10_loop.ipynb #c37f9e9f
+# %% ../nbs/10_loop.ipynb #207abb75
 @torch.no_grad()
 def denoise(
     parts: Parts,
     latents: Tensor,               # (B, 4, h, w), from `start_latents`
     text: Tensor,                  # (B, 77, D), from `text_enc`
-    uncond: Tensor | None = None,  # (B, 77, D), of the empty or the negative prompts; not needed if guidance_scale = 1
+    uncond: Tensor | None = None,  # (B, 77, D), of the empty or the negative prompts; not needed for g = 1
     guidance_scale: float = 3.,
     num_inference_steps: int = 25,
     start_step: int = 0,           # how many steps to leave out, for a start from a picture
 ) -> Iterator[Step]:
-    "The loop: ask the UNet, let the scheduler step, yield, again. Ho et al. 2020, arXiv:2006.11239, algorithm 2."
-    real_number('guidance_scale', guidance_scale)
-    if uncond is None and guidance_scale!=1: raise ValueError(f'guidance_scale={guidance_scale} needs uncond: give the hidden states of "".')
+    """The loop: ask the UNet, let the scheduler step, yield, again. Ho et al. 2020, arXiv:2006.11239, algorithm 2.
+    ValueError or TypeError for shapes, numbers or steps that do not fit."""
+    parts = take_apart(parts)
+    _check(parts, latents, text, uncond, guidance_scale)
     scheduler, timesteps = begin(parts.scheduler, num_inference_steps, start_step, parts.device)
     for i, t in enumerate(timesteps):
         x_t = scheduler.scale_model_input(latents, t)
@@ -98,12 +134,7 @@ def denoise(
         yield (step := Step(i, t, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
         latents = step.latents
 
-# %% ../nbs/10_loop.ipynb #e1af644f
-def _several(value) -> list:
-    "A list of one or several."
-    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-
-# %% ../nbs/10_loop.ipynb #1c53b924
+# %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
 def make_samples(
     parts: Parts,
@@ -114,26 +145,30 @@ def make_samples(
     g: float = 3.,                             # guidance scale
     seed: int | Sequence[int] = 0,             # one, or one for each picture
     steps: int = 25,
-    height: int | None = None,                 # pixels; default: those of `init_img`, or what the model was trained for
+    height: int | None = None,                 # pixels; default: of `init_img`, or what the model was trained for
     width: int | None = None,
     batch_size: int = 8,                       # pictures computed at a time
 ) -> Tensor:
-    "Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed. TypeError, ValueError or MemoryError, in words."
+    """Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed.
+    TypeError, ValueError or MemoryError, in words, for what does not fit."""
+    parts = take_apart(parts)
     whole_number('batch_size', batch_size, 1); whole_number('steps', steps, 1); real_number('g', g)
-    seed = [whole_number('seed', s, 0) for s in _several(seed)]
-    if init_img is None and start_step: raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
-    if init_img is not None and (height or width): raise ValueError('height and width are those of init_img: leave them out.')
-    wishes = list(zip(*pair_up(prompts=texts('prompts', prompts), negative_prompt=texts('negative_prompt', negative_prompt or ''),
-                               seed=seed, init_img=_several(init_img))))
-    batches = [zip(*wishes[k:k + batch_size]) for k in range(0, len(wishes), batch_size)]
-    pixels, bar = [], tqdm(total=len(batches)*len(begin(parts.scheduler, steps, start_step)[1]), delay=20, leave=False)
-    for prompts, negative_prompt, seed, images in batches:
-        with enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
+    whole_number('start_step', start_step, 0, steps - 1)
+    if init_img is None and start_step:
+        raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
+    if init_img is not None and not height is width is None:
+        raise ValueError('height and width are those of init_img: leave them out.')
+    wishes = zip(*pair_up(prompts=texts('prompts', prompts), seed=whole_numbers('seed', seed, 0, 2**64 - 1),
+                          negative_prompt=texts('negative_prompt', '' if negative_prompt is None else negative_prompt),
+                          init_img=init_img if isinstance(init_img, list | tuple) else [init_img]))
+    pixels, batches = [], list(chunked(wishes, batch_size))
+    with (tqdm(total=len(batches)*steps, delay=20, leave=False) as bar,
+          enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):
+        for prompts, seed, negative_prompt, images in (zip(*batch) for batch in batches):
             text, uncond = text_enc(parts, prompts), text_enc(parts, negative_prompt)
             init = None if init_img is None else pil2latent(parts, images)
-            noise = make_noise(parts, seed, height, width) if init is None else make_noise(parts, seed, *(parts.factor*n for n in init.shape[2:]))
-            latents = start_latents(parts, noise, steps, init, start_step)
+            if init is not None: width, height = images[0].size
+            latents = start_latents(parts, make_noise(parts, seed, height, width), steps, init, start_step)
             for step in denoise(parts, latents, text, uncond, g, steps, start_step): bar.update()
             pixels.append(decode(parts, step.latents))
-    bar.close()
     return torch.cat(pixels)

@@ -7,29 +7,30 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_encoder.html.md"""
 # %% auto #0
 __all__ = ['cut_off', 'text_enc']
 
-# %% ../nbs/07_text_encoder.ipynb #222cb05c
+# %% ../nbs/07_text_encoder.ipynb #3237832e
 import warnings
 from collections.abc import Sequence
 import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 from .checks import texts, whole_number
-from .parts import Parts
+from .parts import Parts, take_apart
 
-# %% ../nbs/07_text_encoder.ipynb #6a467601
+# %% ../nbs/07_text_encoder.ipynb #9b893b6d
 def cut_off(
     tokenizer: CLIPTokenizer,
     prompt: str,
     max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> str:
     "The end of a prompt, as written, that the encoder never sees; empty if it sees all. TypeError: no text."
-    [prompt] = texts('prompt', [prompt])
-    if max_length is None: max_length = tokenizer.model_max_length
+    if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
+    most = tokenizer.model_max_length
+    max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
     places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
-    lost = places[1:-1][whole_number('max_length', max_length, 2) - 2:]     # start and end need two
+    lost = places[1:-1][max_length - 2:]     # start and end need two
     return prompt[lost[0][0]:].strip() if lost else ''
 
-# %% ../nbs/07_text_encoder.ipynb #fcc2cde9
+# %% ../nbs/07_text_encoder.ipynb #057a2bcf
 @torch.no_grad()
 def text_enc(
     parts: Parts,
@@ -37,10 +38,13 @@ def text_enc(
     max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> Tensor:
     "Hidden states (B, 77, D) of prompts. Warns of what is cut off; TypeError or ValueError for no text."
+    parts = take_apart(parts)
     most = min(parts.tokenizer.model_max_length, parts.text_encoder.config.max_position_embeddings)
     max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
     prompts = texts('prompts', prompts)
     for prompt in prompts:
+        if not prompt.isprintable() and any('\ud800'<=c<='\udfff' for c in prompt):
+            raise ValueError(f'prompts={prompt!r} holds half of a character. Give text that can be written.')
         if lost := cut_off(parts.tokenizer, prompt, max_length):
             message = f'The prompt has more than {max_length} tokens; cut off is: "{lost}"'
             warnings.warn(message, stacklevel=3)   # the caller, past no_grad

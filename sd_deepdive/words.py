@@ -7,7 +7,8 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/textual_inversion.html.md"""
 # %% auto #0
 __all__ = ['word_vector', 'save_words', 'load_words', 'add_words', 'course_words']
 
-# %% ../nbs/04_textual_inversion.ipynb #d1284ce3
+# %% ../nbs/04_textual_inversion.ipynb #1547e51a
+import reprlib
 import warnings
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
@@ -15,63 +16,106 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 from .checks import texts
 from .parts import Parts
 
-# %% ../nbs/04_textual_inversion.ipynb #41363e78
+# %% ../nbs/04_textual_inversion.ipynb #1766c344
+def _pair(model) -> tuple:
+    "Tokenizer and text encoder of a pipeline, of parts, or of what else has both. Else a TypeError."
+    tokenizer, text_encoder = (getattr(model, name, None) for name in ('tokenizer', 'text_encoder'))
+    if not callable(tokenizer) or not hasattr(text_encoder, 'get_input_embeddings'):
+        raise TypeError(f'model={reprlib.repr(model)} has no tokenizer and text_encoder. '
+                        'Give a pipeline, or parts.')
+    return tokenizer, text_encoder
+
+# %% ../nbs/04_textual_inversion.ipynb #df8d663f
 def word_vector(
     model: StableDiffusionPipeline | Parts, # from `load_pipeline` or `load_parts`
     word: str,                              # one that the tokenizer does not cut into pieces
 ) -> Tensor:
-    "A copy of a word's row (D,) of the token table. ValueError if the word is not one token."
-    ids = model.tokenizer(word, add_special_tokens=False).input_ids
+    "A copy of a word's row (D,) of the token table. TypeError if it is no text, ValueError if not one token."
+    tokenizer, text_encoder = _pair(model)
+    if not isinstance(word, str):
+        raise TypeError(f'word={reprlib.repr(word)} is not text. Give one word, such as "blue".')
+    ids = tokenizer(word, add_special_tokens=False).input_ids
     if len(ids)!=1:
-        pieces = model.tokenizer.convert_ids_to_tokens(ids)
+        pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(f'word={word!r} is {len(ids)} tokens, {pieces}. Give one token, such as "blue".')
-    return model.text_encoder.get_input_embeddings().weight[ids[0]].detach().clone()
+    return text_encoder.get_input_embeddings().weight[ids[0]].detach().clone()
 
-# %% ../nbs/04_textual_inversion.ipynb #f32c3fb6
+# %% ../nbs/04_textual_inversion.ipynb #c0378062
+def _one_vector(at: str, token, v) -> None:
+    "An error that names the place, if this is not a token with one finite vector."
+    if not isinstance(token, str) or not token or token.split()!=[token]:
+        raise ValueError(f'{at} is not a token. Give text without spaces, such as "<lagoon>".')
+    if not isinstance(v, Tensor):
+        raise ValueError(f'{at} has a {type(v).__name__} for a vector. Give a tensor of shape (width,).')
+    if not v.is_floating_point(): raise ValueError(f'{at} has values of {v.dtype}. Give float32 values.')
+    if v.ndim!=1 or not len(v):
+        raise ValueError(f'{at} has shape {tuple(v.shape)}. A word is one vector, of shape (width,).')
+    if not v.isfinite().all(): raise ValueError(f'{at} has values that are not finite. Train it again.')
+
+# %% ../nbs/04_textual_inversion.ipynb #303e8548
 def _checked(words, where: str) -> dict[str, Tensor]:
     "The words as a dict, if each is a token with one finite vector; else an error names the place."
     if not isinstance(words, Mapping):
         raise TypeError(f'{where} is a {type(words).__name__}. Give a dict {{token: vector}}.')
     if not words: raise ValueError(f'{where} holds no word. Give at least one token with its vector.')
-    for token, v in words.items():
-        at = f'{where}: {token!r}'
-        if not isinstance(token, str) or not token or token.split()!=[token]:
-            raise ValueError(f'{at} is not a token. Give text without spaces, such as "<lagoon>".')
-        if not isinstance(v, Tensor):
-            raise ValueError(f'{at} has a {type(v).__name__} for a vector. Give a tensor of shape (width,).')
-        if not v.is_floating_point(): raise ValueError(f'{at} has values of {v.dtype}. Give float32 values.')
-        if v.ndim!=1 or not len(v):
-            raise ValueError(f'{at} has shape {tuple(v.shape)}. A word is one vector, of shape (width,).')
-        if not v.isfinite().all(): raise ValueError(f'{at} has values that are not finite. Train it again.')
+    for token, v in words.items(): _one_vector(f'{where}: {reprlib.repr(token)}', token, v)
     return {token: v.detach().cpu() for token, v in words.items()}
 
-# %% ../nbs/04_textual_inversion.ipynb #3feeaf91
+# %% ../nbs/04_textual_inversion.ipynb #308464a5
+def _path(file) -> Path:
+    "The name of a file as a Path. TypeError if it is none."
+    if not isinstance(file, str | Path):
+        raise TypeError(f'file={reprlib.repr(file)} is not a file name. Give text, or a Path.')
+    return Path(file)
+
+def _notes(metadata) -> dict[str, str]:
+    "What a file says of itself. TypeError if it is not a dict of texts."
+    if metadata is None: return {}
+    told = isinstance(metadata, Mapping) and all(isinstance(t, str) for kv in metadata.items() for t in kv)
+    if told: return dict(metadata)
+    raise TypeError(f'metadata={reprlib.repr(metadata)} is no dict of texts. Give {{"about": "a colour"}}.')
+
+# %% ../nbs/04_textual_inversion.ipynb #82ed38e0
+def _place(file) -> Path:
+    "Where a file of words may be written. TypeError, ValueError or FileNotFoundError if that is nowhere."
+    file = _path(file)
+    if file.suffix!='.safetensors':
+        raise ValueError(f'file={file.name!r}: give a name that ends in .safetensors.')
+    if file.is_dir(): raise ValueError(f'file={str(file)!r} is a folder. Give the name of a file.')
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f'file={str(file)!r}: its folder is not there. Make it first.')
+    return file
+
+# %% ../nbs/04_textual_inversion.ipynb #4180e83f
 def save_words(
     file: str | Path,                        # its name ends in .safetensors
     words: Mapping[str, Tensor],             # {token: vector (D,)}
     metadata: Mapping[str, str] | None = None,  # how they came about, for people
 ) -> Path:
-    "Write words to a file, whole or not at all. ValueError for another ending, or for what is no word."
-    file = Path(file)
-    if file.suffix!='.safetensors':
-        raise ValueError(f'file={file.name!r}: give a name that ends in .safetensors.')
-    words, part = _checked(words, 'words'), file.with_suffix('.part')
-    save_file({token: v.clone() for token, v in words.items()}, part, metadata=dict(metadata or {}))
-    part.chmod(0o644)
-    return part.replace(file)
+    "Write words to a file, whole or not at all. TypeError, ValueError, FileNotFoundError if not fit."
+    file, words, notes = _place(file), _checked(words, 'words'), _notes(metadata)
+    part = file.with_name(f'{file.name}.part')
+    try:
+        save_file({token: v.clone() for token, v in words.items()}, part, metadata=notes)
+        part.chmod(0o644)
+        return part.replace(file)
+    except (OSError, SafetensorError) as e:
+        raise ValueError(f'file={str(file)!r} cannot be written: {e}. Give another place.') from None
+    finally: part.unlink(missing_ok=True)   # nothing is left of a file that was not finished
 
-# %% ../nbs/04_textual_inversion.ipynb #40d42196
+# %% ../nbs/04_textual_inversion.ipynb #069a025e
 def load_words(
     file: str | Path,  # .safetensors, or a pickle: .bin, .pt, .pth
 ) -> dict[str, Tensor]:
     "The words {token: vector (D,)} of a file; no code in it is run. ValueError or FileNotFoundError."
-    file = Path(file)
+    file = _path(file)
     if not file.is_file(): raise FileNotFoundError(f'file={str(file)!r} is not there. Check the name.')
     if file.suffix not in ('.safetensors', '.bin', '.pt', '.pth'):
         raise ValueError(f'{file.name} is not a file of words. Give a .safetensors, .bin or .pt file.')
@@ -85,7 +129,7 @@ def load_words(
                          f'({type(e).__name__}). Get the word as a .safetensors file.') from None
     return _checked(words, file.name)
 
-# %% ../nbs/04_textual_inversion.ipynb #9eb3b3c4
+# %% ../nbs/04_textual_inversion.ipynb #63b7b5fe
 def _chosen(words: Mapping[str, Tensor], name: str | Sequence[str] | None) -> dict[str, Tensor]:
     "The words that are meant: those named, or the only one."
     words = _checked(words, 'words')
@@ -98,8 +142,20 @@ def _chosen(words: Mapping[str, Tensor], name: str | Sequence[str] | None) -> di
         raise ValueError(f'name={missing[0]!r} is not among the words. There is {", ".join(words)}.')
     return {n: words[n] for n in names}
 
-def _try_token(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
-    "A copy of the tokenizer with one more token. ValueError if it is known, or if others would change."
+# %% ../nbs/04_textual_inversion.ipynb #5706d49f
+def _in_table(words: Mapping[str, Tensor], table: Tensor) -> dict[str, Tensor]:
+    "The words in the precision of the token table (rows, D). ValueError if one does not fit into a row."
+    for token, v in words.items():
+        if len(v)!=table.shape[1]:
+            raise ValueError(f'{token!r} has width {len(v)}, the model {table.shape[1]}: '
+                             'it belongs to another model.')
+        if not v.to(table.dtype).isfinite().all():
+            raise ValueError(f'{token!r} has values too large for {table.dtype}. Train it again.')
+    return {token: v.to(table.dtype) for token, v in words.items()}
+
+# %% ../nbs/04_textual_inversion.ipynb #2a2c8b86
+def _new_name(tokenizer: CLIPTokenizer, token: str) -> None:
+    "ValueError if the tokenizer knows the token, or if other words contain it."
     ids = tokenizer(token, add_special_tokens=False).input_ids
     if len(ids)==1:
         raise ValueError(f'{token!r} exists already: its id is {ids[0]}. Give the new word another name.')
@@ -108,6 +164,11 @@ def _try_token(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
         known = part_of.replace('</w>', '')
         raise ValueError(f'{token!r} is a part of words such as {known!r}, which it would take apart. '
                          'Give it a name in angle brackets, such as "<lagoon>".')
+
+# %% ../nbs/04_textual_inversion.ipynb #24115d79
+def _try_token(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
+    "A copy of the tokenizer with one more token. ValueError if it is known, or if others would change."
+    _new_name(tokenizer, token)
     trial = deepcopy(tokenizer); trial.add_tokens([token])
     new, sentences = len(tokenizer), [f'{token}', f'a {token}, on {token}']
     read = [trial(s, add_special_tokens=False).input_ids.count(new) for s in sentences]
@@ -118,32 +179,27 @@ def _try_token(tokenizer: CLIPTokenizer, token: str) -> CLIPTokenizer:
             raise ValueError(f'{token!r} would take the place of {other!r}. Give it another name.')
     return trial
 
-# %% ../nbs/04_textual_inversion.ipynb #663d0655
+# %% ../nbs/04_textual_inversion.ipynb #baa8f780
 def add_words(
     model: StableDiffusionPipeline | Parts,   # is changed: tokenizer and text encoder learn the words
     words: Mapping[str, Tensor],              # {token: vector (D,)}, as from `load_words`
     name: str | Sequence[str] | None = None,  # which of them; needed if there are several
 ) -> dict[str, int]:
     "Give a model new words; returns their ids. TypeError or ValueError, nothing changed, if one is unfit."
-    if not (hasattr(model, 'tokenizer') and hasattr(model, 'text_encoder')):
-        raise TypeError(f'model={model!r} has no tokenizer and text_encoder. Give a pipeline, or parts.')
-    words, tokenizer, text_encoder = _chosen(words, name), model.tokenizer, model.text_encoder
-    rows, width = text_encoder.get_input_embeddings().weight.shape
-    if rows<len(tokenizer):
-        raise ValueError(f'The table has {rows} rows for {len(tokenizer)} tokens. Load the model again.')
-    trial = tokenizer
-    for token, v in words.items():        # everything is checked before anything is changed
-        if len(v)!=width:
-            raise ValueError(f'{token!r} has width {len(v)}, the model {width}: it belongs to another model.')
-        trial = _try_token(trial, token)
-    text_encoder.resize_token_embeddings(max(rows, len(trial)), mean_resizing=False)
+    tokenizer, text_encoder = _pair(model)
+    table = text_encoder.get_input_embeddings().weight
+    if len(table)<len(tokenizer):
+        raise ValueError(f'The table has {len(table)} rows for {len(tokenizer)} tokens. Load it again.')
+    words, trial = _in_table(_chosen(words, name), table), tokenizer
+    for token in words: trial = _try_token(trial, token)   # all is checked before anything is changed
+    text_encoder.resize_token_embeddings(max(len(table), len(trial)), mean_resizing=False)
     tokenizer.add_tokens(list(words))
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in words}
     with torch.no_grad():
         for token, v in words.items(): text_encoder.get_input_embeddings().weight[ids[token]] = v
     return ids
 
-# %% ../nbs/04_textual_inversion.ipynb #5f6a2bff
+# %% ../nbs/04_textual_inversion.ipynb #617b9fc6
 def course_words() -> Path:
     "The file with the word that ships with the course, for the embedded model."
     return Path(str(files('sd_deepdive')/'data'/'words.safetensors'))
