@@ -129,6 +129,7 @@ def wheel(tmp_path_factory):
     return out/'installed'
 
 
+@pytest.mark.xdist_group('wheel')
 def test_wheel_is_whole(wheel):
     "The wheel holds every tracked file of the package, model included, and nothing else."
     def files(top): return {f.relative_to(top).as_posix() for f in top.rglob('*') if f.is_file() and f.suffix != '.pyc'}
@@ -136,6 +137,7 @@ def test_wheel_is_whole(wheel):
     assert 'embedded/model_index.json' in files(wheel/LIB.name)
 
 
+@pytest.mark.xdist_group('wheel')
 def test_wheel_draws(wheel, tmp_path):
     "The installed wheel makes a picture elsewhere, with no network."
     code = '''
