@@ -35,7 +35,7 @@ def explorer(
     shown, message = widgets.Image(format='png'), widgets.HTML()
     def update(change=None):
         with warnings.catch_warnings(record=True) as remarks:
-            warnings.simplefilter('always')
+            warnings.simplefilter('ignore'); warnings.simplefilter('always', UserWarning)   # ours
             try: picture = draw(**{name: c.value for name, c in controls.items()})
             except (ValueError, TypeError, MemoryError) as e: message.value = escape(str(e)); return
         scale = max(1, side//picture.height)    # whole pixels, so that it stays sharp

@@ -56,6 +56,9 @@ def _fitting(parts: Parts, pictures: int | str = 'pictures', **tensors: Tensor):
 def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float):
     "A clear error if what the UNet is to be asked does not fit together."
     real_number('guidance_scale', guidance_scale)
+    if (kind := parts.scheduler.config.get('prediction_type', 'epsilon'))!='epsilon':
+        raise ValueError(f'prediction_type={kind!r} is not taught here: the course takes a UNet that predicts noise, '
+                         '"epsilon", as Stable Diffusion 1.x does.')
     _fitting(parts, latents=latents)
     _fitting(parts, len(latents), text=text, **{} if uncond is None else dict(uncond=uncond))
     if uncond is None and guidance_scale!=1:

@@ -121,9 +121,6 @@ def begin(
     "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that are none."
     if not isinstance(scheduler, SchedulerMixin):
         raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give parts.scheduler, say.')
-    if (kind := scheduler.config.get('prediction_type', 'epsilon'))!='epsilon':
-        raise ValueError(f'prediction_type={kind!r} is not taught here: the course takes a UNet that predicts noise, '
-                         '"epsilon", as Stable Diffusion 1.x does.')
     whole_number('num_inference_steps', num_inference_steps, 1, scheduler.config.num_train_timesteps)
     whole_number('start_step', start_step, 0, num_inference_steps - 1)
     kind = LMSScheduler if type(scheduler) is LMSDiscreteScheduler else type(scheduler)
