@@ -22,7 +22,7 @@ from .latents import latents2pil, make_img
 from .models import StableDiffusionPipeline
 from .parts import Parts, take_apart
 from .sampling import denoise, make_noise, make_samples, start_latents
-from .schedule import SCHEDULERS, with_scheduler
+from .schedulers import SCHEDULERS, with_scheduler
 from .text import text_enc
 
 # %% ../nbs/00_explore.ipynb #c7ead633

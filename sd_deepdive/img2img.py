@@ -22,7 +22,9 @@ from PIL import Image
 from fastdownload import FastDownload, download_url
 from .checks import enough_memory, pair_up, real_number, texts, whole_number, whole_numbers
 from .images import fit_picture
-from .models import StableDiffusionPipeline, generators, set_timesteps
+from .models import StableDiffusionPipeline
+from .schedule import set_timesteps
+from .seeds import generators
 
 # %% ../nbs/03_image_to_image.ipynb #917e26be
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline

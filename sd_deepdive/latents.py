@@ -15,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 from .checks import pair_up, side, whole_numbers
 from .images import on_colour
-from .models import generators
 from .parts import Parts, take_apart
+from .seeds import generators
 
 # %% ../nbs/06_autoencoder.ipynb #e217ccbe
 def picture2tensor(

@@ -13,20 +13,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 import torch
-from .models import EMBEDDED, StableDiffusionPipeline, load_pipeline   # first: it keeps diffusers quiet
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
-from transformers import CLIPTextModel, CLIPTokenizer
 from .checks import whole_number
 
 # %% ../nbs/05_latent_diffusion.ipynb #32ff7d7f
 @dataclass(frozen=True, repr=False)
 class Parts:
     "The parts of a latent diffusion model, and the numbers that belong to them."
-    tokenizer: CLIPTokenizer
-    text_encoder: CLIPTextModel
-    unet: UNet2DConditionModel
-    vae: AutoencoderKL
-    scheduler: SchedulerMixin
+    tokenizer: Callable            # from the library, as is all that follows, or written by hand: lessons 12 to 17
+    text_encoder: torch.nn.Module
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    scheduler: object
 
     def __repr__(self) -> str: return f'Parts(pictures {self.side} x {self.side}, {self.device.type}, {self.dtype})'
     @property
@@ -52,23 +49,24 @@ class Parts:
 
 # %% ../nbs/05_latent_diffusion.ipynb #409bf384
 def take_apart(
-    pipe: StableDiffusionPipeline | Parts, # from `load_pipeline`; parts are given back as they are
+    pipe,        # from `load_pipeline`; parts are given back as they are
 ) -> Parts:
     "The parts of a pipeline. They are not copied. TypeError for anything else."
     names = [f.name for f in fields(Parts)]
     if all(hasattr(pipe, name) for name in [*names, 'factor']): return pipe    # parts already
-    if not isinstance(pipe, StableDiffusionPipeline):
+    if not all(hasattr(pipe, name) for name in names) or hasattr(pipe, 'text_encoder_2'):
         raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. '
                         'Give what load_pipeline() or load_parts() returns.')
     return Parts(**{name: getattr(pipe, name) for name in names})
 
 # %% ../nbs/05_latent_diffusion.ipynb #a0aa1419
 def load_parts(
-    name: str | Path = EMBEDDED,               # "embedded", a folder, or a hub id
+    name: str | Path = 'embedded',             # "embedded", a folder, or a hub id
     device: torch.device | str | None = None,  # default: the best there is
     dtype: torch.dtype | None = None,          # default: what suits the device
 ) -> Parts:
     "The parts of a model by name; no safety checker is among them. Errors as `load_pipeline`."
+    from sd_deepdive.models import load_pipeline    # here, since the record itself needs no library
     return take_apart(load_pipeline(name, device, dtype, safety_checker=False))
 
 # %% ../nbs/05_latent_diffusion.ipynb #32bb6ab3

@@ -18,10 +18,10 @@ from tqdm.auto import tqdm
 from .checks import enough_memory, pair_up, real_number, side, texts, whole_number, whole_numbers
 from .guidance import guide
 from .latents import decode, pil2latent
-from .models import generators
 from .parts import Parts, take_apart
 from .prediction import predict_x0
 from .schedule import alpha_bar_at, begin
+from .seeds import generators
 from .text import text_enc
 
 # %% ../nbs/10_loop.ipynb #11b035d4

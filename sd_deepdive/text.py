@@ -9,16 +9,15 @@ __all__ = ['cut_off', 'text_enc']
 
 # %% ../nbs/07_text_encoder.ipynb #3237832e
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
-from transformers import CLIPTokenizer
 from .checks import texts, whole_number
 from .parts import Parts, take_apart
 
 # %% ../nbs/07_text_encoder.ipynb #9b893b6d
 def cut_off(
-    tokenizer: CLIPTokenizer,
+    tokenizer: Callable,            # transformers' CLIPTokenizer, or one written by hand
     prompt: str,
     max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> str:

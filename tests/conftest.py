@@ -22,7 +22,7 @@ def untrained(width=16, unet=(8, 16), vae=(8, 8), side=8, **more):
     from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from sd_deepdive.models import embedded_folder
+    from sd_deepdive.places import embedded_folder
     torch.manual_seed(0)
     n, scaling = len(unet) - 1, more.pop('scaling_factor', .18215)
     words = CLIPTextConfig(hidden_size=width, intermediate_size=2*width, num_hidden_layers=2, num_attention_heads=2, projection_dim=width,

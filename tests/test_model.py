@@ -12,10 +12,11 @@ from transformers import CLIPConfig, CLIPImageProcessor
 
 from sd_deepdive.drawings import drawings
 from sd_deepdive.images import max_difference
-from sd_deepdive.models import embedded_folder, load_pipeline, text_to_image
+from sd_deepdive.models import load_pipeline, text_to_image
+from sd_deepdive.places import embedded_folder
 from sd_deepdive.parts import load_parts
 from sd_deepdive.sampling import make_samples
-from sd_deepdive.schedule import SCHEDULERS, with_scheduler
+from sd_deepdive.schedulers import SCHEDULERS, with_scheduler
 
 
 @pytest.fixture(scope='module')
