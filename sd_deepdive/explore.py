@@ -40,7 +40,7 @@ def explorer(
             except (ValueError, TypeError, MemoryError) as e: message.value = escape(str(e)); return
         scale = max(1, side//picture.height)    # whole pixels, so that it stays sharp
         picture.resize((picture.width*scale, picture.height*scale), Image.Resampling.NEAREST).save(file := BytesIO(), 'png')
-        message.value, shown.value = '<br>'.join(escape(str(r.message)) for r in remarks), file.getvalue()
+        message.value, shown.value = '<br>'.join(dict.fromkeys(escape(str(r.message)) for r in remarks)), file.getvalue()
     for c in controls.values(): c.observe(update, names='value')
     update()
     return widgets.VBox([*controls.values(), message, shown])
@@ -102,11 +102,13 @@ def explore_film(
     "A prompt, a seed, and a step to look at: the noisy latents on the left, the picture they are taken for on the right."
     parts = take_apart(parts)
     @lru_cache(8)
-    def frames(prompt, seed):
-        latents = start_latents(parts, make_noise(parts, seed), steps)
-        return [image_grid(latents2pil(parts, torch.cat([step.x_t, step.x0])))
-                for step in denoise(parts, latents, text_enc(parts, prompt), text_enc(parts, ''), num_inference_steps=steps)]
-    def draw(prompt, seed, step): return frames(prompt, seed)[step]
+    def latents(prompt, seed):
+        run = denoise(parts, start_latents(parts, make_noise(parts, seed), steps), text_enc(parts, prompt),
+                      text_enc(parts, ''), num_inference_steps=steps)
+        return [torch.cat([step.x_t, step.x0]) for step in run]
+    def draw(prompt, seed, step):
+        text_enc(parts, prompt)     # at each step, so that its remark on a prompt that is too long stays
+        return image_grid(latents2pil(parts, latents(prompt, seed)[step]))    # the others need no decoding
     return explorer(draw, prompt=_prompt(prompt), seed=_seed(), step=_knob(widgets.IntSlider, steps//2, 0, steps - 1, 1, 'step'))
 
 # %% ../nbs/00_explore.ipynb #d13cdd1e

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from .checks import pair_up, side, whole_numbers
+from .checks import enough_memory, pair_up, side, whole_numbers
 from .images import on_colour
 from .parts import Parts, take_apart
 from .seeds import generators
@@ -71,11 +71,13 @@ def pil2latent(
     images: Image.Image | Sequence[Image.Image],   # one or several, of one size, any mode
     seeds: int | Sequence[int] | None = None,      # draw a sample; default: take the mean
 ) -> Tensor:
-    "Scaled latents (B, 4, H/8, W/8) of pictures. TypeError or ValueError for no picture, or an unfit size."
+    """Scaled latents (B, 4, H/8, W/8) of pictures. TypeError or ValueError for no picture, or an unfit size;
+    MemoryError for too many."""
     parts = take_apart(parts)
     pixels = _one_size(images, parts.factor)
     if seeds is not None: _, seeds = pair_up(images=pixels, seeds=whole_numbers('seeds', seeds, 0))
-    dist = parts.vae.encode(torch.stack(pixels).to(parts.device, parts.dtype)).latent_dist
+    with enough_memory('the number of pictures, or their size'):
+        dist = parts.vae.encode(torch.stack(pixels).to(parts.device, parts.dtype)).latent_dist
     if seeds is None: return dist.mean*parts.scaling_factor
     shape = (1, *dist.mean.shape[1:])
     noise = torch.cat([torch.randn(shape, generator=g, dtype=parts.dtype) for g in generators(seeds)])
@@ -87,7 +89,7 @@ def decode(
     parts: Parts,     # a pipeline will do too
     latents: Tensor,  # (B, 4, h, w), scaled
 ) -> Tensor:
-    "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for what are no latents."
+    "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for what are no latents; MemoryError for too many."
     parts = take_apart(parts)
     if not isinstance(latents, Tensor):
         raise TypeError(f'latents is a {type(latents).__name__}, not a tensor. Give what pil2latent returns.')
@@ -95,7 +97,8 @@ def decode(
     if latents.ndim!=4 or latents.shape[1]!=channels or not latents.numel():
         raise ValueError(f'latents has shape {shape}. Give (pictures, {channels}, height, width).')
     _finite_numbers('latents', latents)
-    return parts.vae.decode(latents.to(parts.device, parts.dtype)/parts.scaling_factor).sample
+    with enough_memory('the number of pictures, or their size'):
+        return parts.vae.decode(latents.to(parts.device, parts.dtype)/parts.scaling_factor).sample
 
 # %% ../nbs/06_autoencoder.ipynb #dfa1113e
 def latents2pil(

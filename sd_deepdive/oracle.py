@@ -10,10 +10,10 @@ __all__ = ['NoiseOracle', 'with_oracle', 'mixture', 'walk_down']
 # %% ../nbs/11_variations.ipynb #a114fd7a
 import torch
 from dataclasses import replace
-from .parts import Parts
+from .parts import Parts, take_apart
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
-from .sampling import denoise, make_noise, start_latents
+from .sampling import _fitting, denoise, make_noise, start_latents
 
 # %% ../nbs/11_variations.ipynb #4516c115
 class NoiseOracle(nn.Module):
@@ -30,7 +30,9 @@ def with_oracle(
     parts: Parts,
     noise: Tensor,   # (B, 4, h, w), the noise that will have been added
 ) -> Parts:
-    "The same parts with a UNet that knows the noise."
+    "The same parts with a UNet that knows the noise. TypeError or ValueError for what are no latents."
+    parts = take_apart(parts)
+    _fitting(parts, noise=noise)
     return replace(parts, unet=NoiseOracle(noise, parts.unet.config))
 
 # %% ../nbs/11_variations.ipynb #7c311df7
@@ -39,9 +41,13 @@ def mixture(
     x0: Tensor,       # the latents it should have come to, same shape
     noise: Tensor,    # the noise that was added
 ) -> tuple[float, float]:
-    "The weights of picture and noise in the result: a and c of the least-squares fit a x0 + c noise."
-    for name, x in dict(latents=latents, x0=x0, noise=noise).items():
-        if not isinstance(x, Tensor) or x.shape!=latents.shape or not x.is_floating_point() or not x.isfinite().all():
+    """The weights of picture and noise in the result: a and c of the least-squares fit a x0 + c noise.
+    TypeError or ValueError for what are no latents."""
+    given = dict(latents=latents, x0=x0, noise=noise)
+    for name, x in given.items():
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
+    for name, x in given.items():
+        if x.shape!=latents.shape or not x.is_floating_point() or not x.isfinite().all():
             raise ValueError(f'{name} should be finite latents, of one shape with the others: {tuple(latents.shape)}.')
     known = torch.stack([x0.flatten(), noise.flatten()], 1).double().cpu()
     a, c = torch.linalg.lstsq(known, latents.flatten()[:, None].double().cpu()).solution.flatten().tolist()
@@ -56,7 +62,10 @@ def walk_down(
     noised_for: int | None = None, # the step whose noise is added; default: the same, as it should be
     seed: int = 0,
 ) -> tuple[float, float]:
-    "The weights of picture and noise at the end of the loop, with a UNet that is never wrong."
+    """The weights of picture and noise at the end of the loop, with a UNet that is never wrong.
+    TypeError or ValueError for what are no latents."""
+    parts = take_apart(parts)
+    _fitting(parts, 1, x0=x0)
     noise = make_noise(parts, seed, *(parts.factor*n for n in x0.shape[2:]))
     parts = with_oracle(parts, noise)
     noised_for = start_step if noised_for is None else noised_for

@@ -75,13 +75,13 @@ def start_latents(
     start_step: int = 0,         # how many steps to leave out
 ) -> Tensor:
     """What the loop begins with at `start_step`: noise as large as the scheduler wants it, or a picture with that
-    much noise. ValueError for a step that is none, a start_step with no picture, or two shapes."""
+    much noise. ValueError for a step that is none, a start_step with no picture, or two shapes; TypeError for what is no tensor."""
     if init is None and start_step:
         raise ValueError(f'start_step={start_step} leaves steps out: that needs init, the latents of a picture.')
-    if init is not None and init.shape!=noise.shape:
-        raise ValueError(f'init has shape {tuple(init.shape)}, noise {tuple(noise.shape)}: give noise for each latent.')
     parts = take_apart(parts)
     _fitting(parts, noise=noise, **{} if init is None else dict(init=init))
+    if init is not None and init.shape!=noise.shape:
+        raise ValueError(f'init has shape {tuple(init.shape)}, noise {tuple(noise.shape)}: give noise for each latent.')
     scheduler, timesteps = begin(parts.scheduler, num_inference_steps, start_step, parts.device)
     if init is None: return noise*scheduler.init_noise_sigma
     return scheduler.add_noise(init, noise, timesteps[:1])
@@ -137,6 +137,17 @@ def denoise(
         yield (step := Step(i, t, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
         latents = step.latents
 
+# %% ../nbs/10_loop.ipynb #e27b5a90
+def _starts(init_img) -> list:
+    "The pictures to start from, [None] for none. TypeError for what is no picture, ValueError for several sizes."
+    images = list(init_img) if isinstance(init_img, list | tuple) else [init_img]
+    for im in images:
+        if init_img is not None and not isinstance(im, Image.Image):
+            raise TypeError(f'init_img holds a {type(im).__name__}. Open a file with PIL.Image.open.')
+    if init_img is not None and len(sizes := {im.size for im in images})>1:
+        raise ValueError(f'init_img has {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
+    return images
+
 # %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
 def make_samples(
@@ -163,7 +174,7 @@ def make_samples(
         raise ValueError('height and width are those of init_img: leave them out.')
     wishes = zip(*pair_up(prompts=texts('prompts', prompts), seed=whole_numbers('seed', seed, 0, 2**64 - 1),
                           negative_prompt=texts('negative_prompt', '' if negative_prompt is None else negative_prompt),
-                          init_img=init_img if isinstance(init_img, list | tuple) else [init_img]))
+                          init_img=_starts(init_img)))
     pixels, batches = [], list(chunked(wishes, batch_size))
     with (tqdm(total=len(batches)*steps, delay=20, leave=False) as bar,
           enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):

@@ -55,8 +55,10 @@ def sigma_at(
     t: Tensor | float,           # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
     """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64.
-    ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
-    sigmas = ((1 - scheduler.alphas_cumprod)/scheduler.alphas_cumprod).sqrt().cpu().double().numpy()
+    TypeError for no scheduler, ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
+    if not isinstance(alpha_bar := getattr(scheduler, 'alphas_cumprod', None), Tensor):
+        raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give parts.scheduler, say.')
+    sigmas = ((1 - alpha_bar)/alpha_bar).sqrt().cpu().double().numpy()
     try: t = torch.as_tensor(t).detach().cpu().double().numpy()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f't={t!r} is not a time. Give a number, or a tensor of them.') from None

@@ -54,6 +54,8 @@ def _one_vector(at: str, token, v) -> None:
         raise ValueError(f'{at} is not a token. Give text without spaces, such as "<lagoon>".')
     if not isinstance(v, Tensor):
         raise ValueError(f'{at} has a {type(v).__name__} for a vector. Give a tensor of shape (width,).')
+    if v.is_meta or v.layout is not torch.strided:
+        raise ValueError(f'{at} is a tensor of layout {v.layout} on {v.device}. Give a dense one with its values.')
     if not v.is_floating_point(): raise ValueError(f'{at} has values of {v.dtype}. Give float32 values.')
     if v.ndim!=1 or not len(v):
         raise ValueError(f'{at} has shape {tuple(v.shape)}. A word is one vector, of shape (width,).')
@@ -116,6 +118,7 @@ def load_words(
 ) -> dict[str, Tensor]:
     "The words {token: vector (D,)} of a file; no code in it is run. ValueError or FileNotFoundError."
     file = _path(file)
+    if file.is_dir(): raise ValueError(f'file={str(file)!r} is a folder. Give the name of a file in it.')
     if not file.is_file(): raise FileNotFoundError(f'file={str(file)!r} is not there. Check the name.')
     if file.suffix not in ('.safetensors', '.bin', '.pt', '.pth'):
         raise ValueError(f'{file.name} is not a file of words. Give a .safetensors, .bin or .pt file.')
