@@ -36,7 +36,8 @@ def whole_numbers(
     most: int | None = None,  # default: no limit
 ) -> list[int]:
     "The values as a list of ints. Errors as `whole_number`; ValueError if there is none."
-    values = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
+    one = not isinstance(value, Iterable) or isinstance(value, str | bytes) or getattr(value, 'ndim', 1)==0
+    values = [value] if one else list(value)
     if not values: raise ValueError(f'{name} is empty: give at least one.')
     return [whole_number(name, v, least, most) for v in values]
 

@@ -1,0 +1,173 @@
+"""How fast the networks by hand are beside the library's: both in one run, in turn, medians of many; `make bench`.
+
+Writes sd_deepdive/data/by_hand.json, which lesson 17 shows. Same scheduler, same number of UNet calls, same threads and
+memory format for both, no progress bar. Leave the machine alone while it runs.
+"""
+import argparse, datetime, json, os, platform, resource, statistics, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from fastprogress import progress_bar
+
+from sd_deepdive.latents import make_img
+from sd_deepdive.models import StableDiffusionPipeline, load_pipeline
+from sd_deepdive.places import embedded_folder
+from sd_deepdive.sampling import make_samples
+from sd_deepdive.scratch.parts import load_parts
+from sd_deepdive.scratch.unet import Transformer, UNet
+from sd_deepdive.seeds import generators
+
+RECORD = Path(__file__).parents[1]/'sd_deepdive'/'data'/'by_hand.json'
+PROMPT, STEPS, G = 'octopus, 3d style', 25, 7.5
+SD1 = dict(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
+           attention_head_dim=8)
+
+
+def in_turn(arms, times):
+    "Seconds of each arm, one call of each in turn, after one to warm up."
+    for call in arms.values(): call()
+    took = {name: [] for name in arms}
+    for i in progress_bar(range(times)):
+        order = list(arms.items())
+        for name, call in order if i%2 else reversed(order):
+            start = time.perf_counter(); call(); took[name].append(time.perf_counter() - start)
+    return took
+
+
+def summary(took, base):
+    "Median seconds and quartiles of each arm, and how many times as fast it is as the base."
+    middle = {name: statistics.median(t) for name, t in took.items()}
+    return {name: dict(median=middle[name], quartiles=statistics.quantiles(t, n=4)[::2], ratio=middle[base]/middle[name], times=len(t))
+            for name, t in took.items()}
+
+
+def draw_library(pipe, batch):
+    "Prompt to pictures, the library's way."
+    return pipe([PROMPT]*batch, num_inference_steps=STEPS, guidance_scale=G, generator=generators(range(batch))).images
+
+
+def draw(parts, batch):
+    "Prompt to pictures by hand."
+    return [make_img(p) for p in make_samples(parts, [PROMPT]*batch, g=G, seed=range(batch), steps=STEPS, batch_size=batch)]
+
+
+class TextEveryTime:
+    "The UNet by hand, reading the text at every call."
+    def __init__(self, unet): self.unet, self.config, self.dtype, self.device = unet, unet.config, unet.dtype, unet.device
+    def __call__(self, *args, **kw): return self.unet(*args, **kw)
+
+
+class AsConvolutions(Transformer):
+    "The transformer with its two linear layers as 1 x 1 convolutions."
+    def forward(self, x, text):
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)
+        for block in self.transformer_blocks: h = block(h, text)
+        return x + self.proj_out(h.transpose(1, 2).unflatten(2, x.shape[2:]))
+
+
+def traced(parts, batch):
+    "The same parts with the UNet traced and frozen, its text read at every call, as a graph wants plain tensors."
+    n, side, c = 2*batch, parts.side//parts.factor, parts.unet.config
+    args = (torch.randn(n, c.in_channels, side, side), torch.tensor(500), torch.randn(n, 77, c.cross_attention_dim))
+    class Plain(torch.nn.Module):
+        def __init__(self, unet): super().__init__(); self.unet = unet
+        def forward(self, *args): return self.unet(*args)[0]
+    with torch.no_grad(): graph = torch.jit.freeze(torch.jit.trace(Plain(parts.unet).eval(), args, check_trace=False))
+    return replace(parts, unet=Graph(graph, parts.unet))
+
+
+class Graph:
+    "A graph that is called as a UNet is."
+    def __init__(self, graph, unet): self.graph, self.config, self.dtype, self.device = graph, unet.config, unet.dtype, unet.device
+    def __call__(self, x, t, encoder_hidden_states):
+        return type('Predicted', (), dict(sample=self.graph(x, torch.as_tensor(t), encoder_hidden_states)))
+
+
+def as_convolutions(parts):
+    "The same parts with 1 x 1 convolutions in the transformers."
+    unet = UNet.from_pretrained(embedded_folder()/'unet', parts.device)
+    for layer in unet.modules():
+        if type(layer) is Transformer: layer.__class__ = AsConvolutions
+    return replace(parts, unet=unet)
+
+
+def calls_of(draw_, unet):
+    "How often a drawing asks the UNet."
+    n = []
+    hook = unet.register_forward_hook(lambda *_: n.append(1)); draw_(); hook.remove()
+    return len(n)
+
+
+def embedded(batch, times):
+    "Prompt to picture on the embedded model: every arm in one run."
+    pipe = load_pipeline(device='cpu', safety_checker=False); pipe.set_progress_bar_config(disable=True)
+    parts, last = load_parts(device='cpu'), load_parts(device='cpu', memory_format=torch.channels_last)
+    theirs = load_pipeline(device='cpu', safety_checker=False); theirs.set_progress_bar_config(disable=True)
+    for part in (theirs.unet, theirs.vae): part.to(memory_format=torch.channels_last)
+    assert calls_of(lambda: draw_library(pipe, 1), pipe.unet) == calls_of(lambda: draw(parts, 1), parts.unet) == STEPS + 1
+    graph = traced(replace(parts, unet=TextEveryTime(parts.unet).unet), batch)
+    convolutions, every_time = as_convolutions(parts), replace(parts, unet=TextEveryTime(parts.unet))
+    plain = replace(convolutions, unet=TextEveryTime(convolutions.unet))
+    arms = {'library': lambda: draw_library(pipe, batch), 'by hand': lambda: draw(parts, batch),
+            'by hand, text read at every call': lambda: draw(every_time, batch),
+            'by hand, 1 x 1 convolutions': lambda: draw(convolutions, batch), 'by hand, neither': lambda: draw(plain, batch),
+            'library, channels last': lambda: draw_library(theirs, batch), 'by hand, channels last': lambda: draw(last, batch),
+            'by hand, UNet traced': lambda: draw(graph, batch)}
+    return summary(in_turn(arms, times), 'library')
+
+
+def full_size(arm, times):
+    "One arm of the UNet in Stable Diffusion's shape, random weights, one guided call at 64 x 64: seconds and peak memory of a process of its own."
+    torch.manual_seed(0)
+    if arm == 'library':
+        from diffusers import UNet2DConditionModel
+        unet = UNet2DConditionModel(**SD1)
+    else: unet = UNet(SD1)
+    unet = unet.eval().requires_grad_(False)
+    x, text = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
+    if arm == 'by hand': text = unet.read(text)
+    took = []
+    with torch.no_grad():
+        for _ in range(times + 1):
+            start = time.perf_counter(); unet(x, torch.tensor(500), encoder_hidden_states=text); took.append(time.perf_counter() - start)
+    return dict(seconds=took[1:], peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
+
+
+def full_sizes(times):
+    "Both arms at full size, a process each, in turn."
+    found = {arm: dict(seconds=[], peak=[]) for arm in ('library', 'by hand')}
+    for i in progress_bar(range(times)):
+        for arm in list(found)[::1 if i%2 else -1]:
+            out = subprocess.run([sys.executable, __file__, '--arm', arm, '--threads', str(torch.get_num_threads())], capture_output=True, text=True, check=True).stdout
+            one = json.loads(out.splitlines()[-1])
+            found[arm]['seconds'] += one['seconds']; found[arm]['peak'].append(one['peak'])
+    record = summary({arm: f['seconds'] for arm, f in found.items()}, 'library')
+    for arm, f in found.items(): record[arm]['peak'] = max(f['peak'])
+    return record
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument('--threads', type=int, default=os.cpu_count()); parser.add_argument('--times', type=int, default=30)
+    parser.add_argument('--full', type=int, default=3, help='processes for each arm at full size; 0: none'); parser.add_argument('--arm', help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    if args.arm: print(json.dumps(full_size(args.arm, 2))); return
+    record = dict(date=datetime.date.today().isoformat(), threads=args.threads, torch=torch.__version__, python=platform.python_version(), machine=machine(),
+                  batch_1=embedded(1, args.times), batch_8=embedded(8, max(2, args.times//5)))
+    if args.full: record['full_size'] = full_sizes(args.full)
+    for name, arms in record.items():
+        if not isinstance(arms, dict): continue
+        print(f'\n{name}')
+        for arm, r in arms.items(): print(f'{arm:34} {1000*r["median"]:8.0f} ms   {r["ratio"]:.2f} times as fast as the library' + (f'   {r["peak"]:.0f} MB' if 'peak' in r else ''))
+    part = RECORD.with_suffix('.part'); part.write_text(json.dumps(record, indent=1) + '\n'); part.replace(RECORD)
+
+
+def machine():
+    "The processor, in words."
+    names = [line.split(':')[1].strip() for line in Path('/proc/cpuinfo').read_text().splitlines() if line.startswith('model name')] if Path('/proc/cpuinfo').exists() else []
+    return f'{len(names) or os.cpu_count()} cores, {names[0] if names else platform.processor()}'
+
+
+if __name__ == '__main__': main()
