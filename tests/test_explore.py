@@ -40,5 +40,23 @@ def test_extremes(make, parts):
         c.value = usual
 
 
+def test_film(parts):
+    "Another step decodes no more than its two pictures and asks the UNet nothing; a remark on the prompt stays while the steps go by."
+    prompt, seed, step, message, shown = explore.explore_film(parts).children
+    asked, decoded = [], []
+    hooks = [parts.unet.register_forward_hook(lambda *_: asked.append(1)),
+             parts.vae.decoder.register_forward_hook(lambda module, args, out: decoded.append(len(out)))]
+    try:
+        prompt.value = 'red '*100
+        assert asked and decoded == [2] and message.value.count('cut off') == 1
+        asked.clear()
+        for value in (3, 0, 19): step.value = value; assert 'cut off' in message.value, value
+        assert not asked and decoded == [2]*4
+        prompt.value = 'red apple'
+        assert message.value == ''
+    finally:
+        for hook in hooks: hook.remove()
+
+
 def test_no_pipeline():
     with pytest.raises(TypeError, match='load_pipeline'): explore.explore_guidance('embedded')

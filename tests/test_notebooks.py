@@ -7,6 +7,7 @@ from nbdev.test import test_nb as run_notebook
 
 run_notebook.__test__ = False
 FLAGS = os.environ.get('NB_FLAGS', '').split()
+TIMEOUT = 1800 if 'slow' in FLAGS else CFG.cell_timeout     # seconds for a cell
 
 
 @pytest.fixture
@@ -19,5 +20,5 @@ def offline(monkeypatch):
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.name)
 def test_notebook(nb, offline, capfd):
     "Every cell runs and every assert in it holds, with no network."
-    ok, _ = run_notebook(nb, skip_flags=CFG.tst_flags.split(), force_flags=FLAGS, basepath=CFG.config_path, cell_timeout=CFG.cell_timeout)
+    ok, _ = run_notebook(nb, skip_flags=CFG.tst_flags.split(), force_flags=FLAGS, basepath=CFG.config_path, cell_timeout=TIMEOUT)
     assert ok, capfd.readouterr().err[-3000:]
