@@ -11,16 +11,20 @@ __all__ = ['time_waves', 'TimeEmbedding', 'GEGLU', 'FeedForward', 'TransformerBl
 # %% ../../nbs/15_unet_by_hand.ipynb #d9250326
 import torch
 import torch.nn.functional as F
-from collections.abc import Iterator
+from fastcore.basics import patch
 from itertools import pairwise, zip_longest
 from math import log
 from torch import Tensor, nn
-from .autoencoder import Attention, Decoded as Predicted, Downsample, ResnetBlock, Upsample
+from .autoencoder import Attention, Decoded as Predicted
+from .autoencoder import Downsample, ResnetBlock, Upsample
 from .checkpoints import Network
 
 # %% ../../nbs/15_unet_by_hand.ipynb #8b84ef19
-def time_waves(t: Tensor, width: int) -> Tensor:
-    """Cosines and sines of times (B,), at frequencies from 1 to 1/10,000: (B, width).
+def time_waves(
+    t: Tensor,   # (B,), times, whole or not
+    width: int,  # even
+) -> Tensor:
+    """Cosines and sines of times, frequencies from 1 down to nearly 1/10,000: (B, width), float32.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5."""
     half = width//2
     frequencies = torch.exp(-log(10_000)*torch.arange(half, device=t.device)/half)
@@ -29,6 +33,7 @@ def time_waves(t: Tensor, width: int) -> Tensor:
 
 # %% ../../nbs/15_unet_by_hand.ipynb #0dd9d437
 class TimeEmbedding(nn.Module):
+    "The waves of times (B, width), as a vector for each: (B, out)."
     def __init__(self, width: int, out: int):
         super().__init__()
         self.linear_1 = nn.Linear(width, out)
@@ -39,7 +44,8 @@ class TimeEmbedding(nn.Module):
 
 # %% ../../nbs/15_unet_by_hand.ipynb #39f2b41f
 class GEGLU(nn.Module):
-    "x gelu(gate), both from one projection. Shazeer 2020, arXiv:2002.05202."
+    """x gelu(gate), both from one projection: (..., width) to (..., inner).
+    Shazeer 2020, arXiv:2002.05202, eq. 5."""
     def __init__(self, width: int, inner: int):
         super().__init__()
         self.proj = nn.Linear(width, 2*inner)
@@ -50,6 +56,7 @@ class GEGLU(nn.Module):
 
 # %% ../../nbs/15_unet_by_hand.ipynb #44c11918
 class FeedForward(nn.Module):
+    "Each pixel by itself: four times as wide through a gate, and back."
     def __init__(self, width: int):
         super().__init__()
         self.net = nn.ModuleList([GEGLU(width, 4*width), nn.Identity(), nn.Linear(4*width, width)])
@@ -61,7 +68,8 @@ class FeedForward(nn.Module):
 
 # %% ../../nbs/15_unet_by_hand.ipynb #138891bf
 class TransformerBlock(nn.Module):
-    "Pixels look at pixels, pixels look at words, each pixel thinks for itself; each is added."
+    """Pixels (B, N, width) look at pixels, then at words (B, M, context), then each thinks for
+    itself; each is added. Vaswani et al. 2017, arXiv:1706.03762, section 3.1, with the norms first."""
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -78,10 +86,10 @@ class TransformerBlock(nn.Module):
 
 # %% ../../nbs/15_unet_by_hand.ipynb #d96f34c3
 class Transformer(nn.Module):
-    "A transformer block over the pixels of a feature map; its result is added."
+    "A transformer block over the pixels of a feature map (B, channels, h, w); its result is added."
     def __init__(self, channels: int, heads: int, context: int, groups: int):
         super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, 1e-6)
+        self.norm = nn.GroupNorm(groups, channels, 1e-6)     # not the norm_eps of the config
         self.proj_in = nn.Conv2d(channels, channels, 1)
         self.transformer_blocks = nn.ModuleList([TransformerBlock(channels, heads, context)])
         self.proj_out = nn.Conv2d(channels, channels, 1)
@@ -98,11 +106,11 @@ class Level(nn.Module):
     def __init__(self, config, inputs: list[int], out: int, attentions: int, change=None):
         super().__init__()
         groups, time = config.norm_num_groups, 4*config.block_out_channels[0]
-        heads = config.num_attention_heads or config.attention_head_dim
+        heads, words = config.attention_head_dim, config.cross_attention_dim
         self.resnets = nn.ModuleList(
             ResnetBlock(channels, out, groups, config.norm_eps, time) for channels in inputs)
         self.attentions = nn.ModuleList(
-            Transformer(out, heads, config.cross_attention_dim, groups) for _ in range(attentions))
+            Transformer(out, heads, words, groups) for _ in range(attentions))
         if change:
             self.add_module(change.name, nn.ModuleList([change(out)]))
 
@@ -112,7 +120,13 @@ class Level(nn.Module):
         return [[layer for layer in pair if layer is not None] for pair in pairs]
 
 # %% ../../nbs/15_unet_by_hand.ipynb #80e9c2e9
-def run(row: list[nn.Module], x: Tensor, time: Tensor, text: Tensor, size=None) -> Tensor:
+def run(
+    row: list[nn.Module],                 # layers
+    x: Tensor,                            # (B, C, h, w)
+    time: Tensor,                         # (B, T), SiLU of the time vector
+    text: Tensor,                         # (B, M, D), hidden states
+    size: tuple[int, int] | None = None,  # that `Upsample` shall make; default: twice as large
+) -> Tensor:
     "One layer after another, each given what it asks for."
     for layer in row:
         match layer:
@@ -128,7 +142,7 @@ def run(row: list[nn.Module], x: Tensor, time: Tensor, text: Tensor, size=None) 
 
 # %% ../../nbs/15_unet_by_hand.ipynb #0e889143
 def plan(
-    config,
+    config,  # of the UNet
 ) -> tuple[list[tuple], list[tuple]]:
     """The levels on the way down and on the way up, each as (channels into its residual blocks,
     channels out, whether it reads the text, whether it changes the size)."""
@@ -152,8 +166,8 @@ class UNet(Network):
                   block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=1280,
                   down_block_types=('CrossAttnDownBlock2D',)*3 + ('DownBlock2D',),
                   up_block_types=('UpBlock2D',) + ('CrossAttnUpBlock2D',)*3,
-                  attention_head_dim=8, num_attention_heads=None,
-                  norm_num_groups=32, norm_eps=1e-5, time_cond_proj_dim=None)
+                  attention_head_dim=8, norm_num_groups=32, norm_eps=1e-5,
+                  time_cond_proj_dim=None)
     written = dict(down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'],
                    up_block_types=['CrossAttnUpBlock2D', 'UpBlock2D'],
                    mid_block_type=['UNetMidBlock2DCrossAttn'], time_cond_proj_dim=[None],
@@ -179,34 +193,49 @@ class UNet(Network):
         self.conv_norm_out = nn.GroupNorm(config.norm_num_groups, first, config.norm_eps)
         self.conv_out = nn.Conv2d(first, config.out_channels, 3, padding=1)
 
-    def down(self) -> list[list[nn.Module]]:
-        "The way down, row by row; what comes out of each row is kept."
-        return [row for level in self.down_blocks
-                for row in level.rows() + [[layer] for layer in getattr(level, 'downsamplers', [])]]
+# %% ../../nbs/15_unet_by_hand.ipynb #b1d05a70
+@patch
+def down(self: UNet) -> list[list[nn.Module]]:
+    "The way down, row by row; what comes out of each row is kept."
+    return [row for level in self.down_blocks
+            for row in level.rows() + [[layer] for layer in getattr(level, 'downsamplers', [])]]
 
-    def middle(self):
-        return [layer for row in self.mid_block.rows() for layer in row]
+@patch
+def middle(self: UNet) -> list[nn.Module]:
+    "The layers at the bottom, one row."
+    return [layer for row in self.mid_block.rows() for layer in row]
 
-    def up(self):
-        "The way up, row by row; what was kept last is put beside what goes into each."
-        rows = []
-        for level in self.up_blocks:
-            rows += level.rows()
-            rows[-1] += getattr(level, 'upsamplers', [])
-        return rows
+@patch
+def up(self: UNet) -> list[list[nn.Module]]:
+    "The way up, row by row; what was kept last is put beside what goes into each."
+    rows = []
+    for level in self.up_blocks:
+        rows += level.rows()
+        rows[-1] += getattr(level, 'upsamplers', [])
+    return rows
 
-    def forward(self, sample: Tensor, timestep, encoder_hidden_states: Tensor, **_) -> Predicted:
-        text = encoder_hidden_states
-        t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-        waves = time_waves(t, self.config.block_out_channels[0]).to(sample.dtype)
-        time = F.silu(self.time_embedding(waves))
-        x = self.conv_in(sample)
-        kept = [x]
-        for row in self.down():
-            x = run(row, x, time, text)
-            kept.append(x)
-        x = run(self.middle(), x, time, text)
-        for row in self.up():
-            x = torch.cat([x, kept.pop()], 1)
-            x = run(row, x, time, text, kept[-1].shape[2:] if kept else None)
-        return Predicted(self.conv_out(F.silu(self.conv_norm_out(x))))
+# %% ../../nbs/15_unet_by_hand.ipynb #c7e2b913
+@patch
+def forward(
+    self: UNet,
+    sample: Tensor,                 # (B, 4, h, w), noisy latents of any size
+    timestep: Tensor | float,       # one for all, or one for each picture (B,); whole or not
+    encoder_hidden_states: Tensor,  # (B, M, D), the text
+    **_,                            # what else the library's pipeline says
+) -> Predicted:
+    """The noise in latents, as `.sample` of the same shape.
+    Ho et al. 2020, arXiv:2006.11239, eq. 11."""
+    text = encoder_hidden_states
+    t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
+    waves = time_waves(t, self.config.block_out_channels[0]).to(sample.dtype)
+    time = F.silu(self.time_embedding(waves))
+    x = self.conv_in(sample)
+    kept = [x]
+    for row in self.down():
+        x = run(row, x, time, text)
+        kept.append(x)
+    x = run(self.middle(), x, time, text)
+    for row in self.up():
+        x = torch.cat([x, kept.pop()], 1)
+        x = run(row, x, time, text, kept[-1].shape[2:] if kept else None)
+    return Predicted(self.conv_out(F.silu(self.conv_norm_out(x))))
