@@ -19,11 +19,11 @@ from safetensors.torch import load_file
 from ..checks import real_number, whole_number
 from torch import Tensor, nn
 
-# %% ../../nbs/00_checkpoints.ipynb #af9c2f41
+# %% ../../nbs/00_checkpoints.ipynb #cdd9d151
 def read_json(
     file: Path,  # config.json, for instance
 ) -> dict:
-    "What a file holds. ValueError names one that is not there, is cut short or holds something else."
+    "What a file holds. ValueError names one that is missing, cut short or holds something else."
     try:
         held = json.loads(file.read_text(encoding='utf-8'))
     except (OSError, ValueError) as e:

@@ -68,13 +68,13 @@ def read_merges(
         raise ValueError(f'{file} cannot be read ({e!r}). Copy the folder again.') from None
     return [tuple(line.split() if isinstance(line, str) else line) for line in lines], ids
 
-# %% ../../nbs/12_tokenizer_by_hand.ipynb #58f26d93
+# %% ../../nbs/12_tokenizer_by_hand.ipynb #3c7cfa9a
 @patch(cls_method=True)
 def from_pretrained(
     cls: Tokenizer,
     folder: str | Path, # of a tokenizer
 ) -> Tokenizer:
-    "The tokenizer of a folder. ValueError if its merges cannot be read, or if they do not give its ids."
+    "The tokenizer of a folder. ValueError if its merges cannot be read or do not give its ids."
     merges, ids = read_merges(Path(folder))
     config = Path(folder)/'tokenizer_config.json'
     most = read_json(config).get('model_max_length', 77) if config.is_file() else 77
@@ -191,7 +191,7 @@ def offsets(
     starts = [bisect_right(range(len(text)), place, key=done) for _, place in pieces]
     return [(0, 0), *zip(starts, [*starts[1:], len(text)]), (0, 0)]
 
-# %% ../../nbs/12_tokenizer_by_hand.ipynb #3a30d4c8
+# %% ../../nbs/12_tokenizer_by_hand.ipynb #c45b8e74
 @patch
 def __call__(
     self: Tokenizer,
@@ -205,7 +205,8 @@ def __call__(
 ) -> AttrDict:
     "Ids and mask. TypeError or ValueError for no text, or for rows that make no tensor."
     prompts = texts('text', text)
-    most = self.model_max_length if max_length is None else whole_number('max_length', max_length, 2)
+    most = self.model_max_length if max_length is None else max_length
+    most = whole_number('max_length', most, 2)
     kept = most - 2 if truncation else None          # start and end need two
     pieces = [self.pieces(prompt)[:kept] for prompt in prompts]
     rows = [[START, *(token for token, _ in row), END] for row in pieces]
