@@ -215,7 +215,7 @@ def _misfit(self: Network, key: str, own: tuple | None, theirs: tuple | None):
     why = f' It depends on {field}={self.config[field]!r}.' if field else ''
     raise ValueError(f'{key} {what}.{why} Do the weights and config.json belong together?')
 
-# %% ../../nbs/00_checkpoints.ipynb #e614b34d
+# %% ../../nbs/00_checkpoints.ipynb #f175c294
 @patch(cls_method=True)
 def from_pretrained(
     cls: Network,
@@ -223,7 +223,7 @@ def from_pretrained(
     device: torch.device | str = 'cpu',
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format, # or torch.channels_last
-) -> Network:
+) -> 'Network':
     "A network from its folder. ValueError says which field or weight does not fit."
     folder = Path(folder)
     try:

@@ -68,12 +68,12 @@ def read_merges(
         raise ValueError(f'{file} cannot be read ({e!r}). Copy the folder again.') from None
     return [tuple(line.split() if isinstance(line, str) else line) for line in lines], ids
 
-# %% ../../nbs/12_tokenizer_by_hand.ipynb #3c7cfa9a
+# %% ../../nbs/12_tokenizer_by_hand.ipynb #bbae6020
 @patch(cls_method=True)
 def from_pretrained(
     cls: Tokenizer,
     folder: str | Path, # of a tokenizer
-) -> Tokenizer:
+) -> 'Tokenizer':
     "The tokenizer of a folder. ValueError if its merges cannot be read or do not give its ids."
     merges, ids = read_merges(Path(folder))
     config = Path(folder)/'tokenizer_config.json'
