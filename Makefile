@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help course test site serve save lock clean
+.PHONY: help course test test-slow site serve save lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ course: $(READY)  ## run every lesson on the embedded model, then build the site
 
 test: $(READY)  ## run all tests: lessons, package, site
 	@$(PYTEST)
+
+test-slow: $(READY)  ## the lessons whose slow cells build Stable Diffusion's full size, one after the other
+	@NB_FLAGS=slow $(PYTEST) -n 0 tests/test_notebooks.py -k "10_ or 14_ or 15_ or 17_"
 
 site: $(READY)  ## build the site from the saved notebooks, running none
 	@$(PY) tools/build_docs.py
