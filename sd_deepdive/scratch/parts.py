@@ -99,8 +99,7 @@ def load_parts(
     dtype: torch.dtype | None = None,          # default: what suits the device
     memory_format: torch.memory_format = torch.contiguous_format, # or torch.channels_last
 ) -> Parts:
-    """The parts of a model by name, each written by hand. ValueError for what is no model or
-    does not fit, ConnectionError if the hub gives nothing."""
+    "A model's parts, each by hand. ValueError for what does not fit, ConnectionError for no hub."
     folder, device = find_folder(name), find_device(device)
     how = dict(device=device, dtype=find_dtype(dtype, device))
     return Parts(
