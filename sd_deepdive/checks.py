@@ -93,8 +93,10 @@ def pair_up(
 def enough_memory(
     lower: str, # what to change when there is not
 ):
-    "Turn torch's out-of-memory errors, on any device, into a MemoryError that says what to lower."
+    """Turn torch's out-of-memory errors, on any device, into a MemoryError that says what to lower. Of two, one
+    within the other, the outer one speaks: it knows what the caller asked for."""
     try: yield
-    except RuntimeError as e:   # torch.OutOfMemoryError is one, and so is what the CPU's allocator raises
-        if not any(words in str(e).lower() for words in ('out of memory', 'allocate memory', 'not enough memory')): raise
+    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
+        words = ('out of memory', 'allocate memory', 'not enough memory')
+        if isinstance(e, RuntimeError) and not any(w in str(e).lower() for w in words): raise
         raise MemoryError(f'The memory is not enough for this. Lower {lower}.') from None

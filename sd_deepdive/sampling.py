@@ -8,7 +8,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/loop.html.md"""
 __all__ = ['make_noise', 'start_latents', 'read_texts', 'ask_unet', 'Step', 'denoise', 'make_samples']
 
 # %% ../nbs/10_loop.ipynb #8cff3f8f
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 import torch
 from fastcore.basics import chunked
@@ -35,9 +35,10 @@ def make_noise(
     parts = take_apart(parts)
     sides = [side(name, parts.side if value is None else value, parts.factor)//parts.factor
              for name, value in dict(height=height, width=width).items()]
-    noise = [torch.randn(1, parts.channels, *sides, generator=g, dtype=parts.dtype)
-             for g in generators(seeds if isinstance(seeds, Iterable) else [seeds])]
-    return torch.cat(noise).to(parts.device)
+    with enough_memory('the number of seeds, or the size of the pictures'):
+        noise = [torch.randn(1, parts.channels, *sides, generator=g, dtype=parts.dtype)
+                 for g in generators(whole_numbers('seeds', seeds, 0, 2**64 - 1))]
+        return torch.cat(noise).to(parts.device)
 
 # %% ../nbs/10_loop.ipynb #cac5e208
 def _fitting(parts: Parts, pictures: int | str = 'pictures', **tensors: Tensor):
@@ -147,7 +148,8 @@ def denoise(
     words, alpha_bar = read_texts(parts, text, uncond, guidance_scale), alpha_bar_at(scheduler, timesteps)
     for i, t in enumerate(timesteps):
         x_t = scheduler.scale_model_input(latents, t)
-        noise = ask_unet(parts, x_t, t, text, uncond, guidance_scale, words)
+        with enough_memory('the number of pictures, or their size'):
+            noise = ask_unet(parts, x_t, t, text, uncond, guidance_scale, words)
         x0 = predict_x0(x_t, noise, alpha_bar[i])
         yield (step := Step(i, t, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
         latents = step.latents

@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
-from .checks import texts, whole_number
+from .checks import enough_memory, texts, whole_number
 from .parts import Parts, take_apart
 
 # %% ../nbs/07_text_encoder.ipynb #9b893b6d
@@ -49,4 +49,5 @@ def text_enc(
             warnings.warn(message, stacklevel=3)   # the caller, past no_grad
     tokens = parts.tokenizer(prompts, padding='max_length', max_length=max_length, truncation=True,
                              return_tensors='pt')
-    return parts.text_encoder(tokens.input_ids.to(parts.device)).last_hidden_state
+    with enough_memory('the number of prompts'):
+        return parts.text_encoder(tokens.input_ids.to(parts.device)).last_hidden_state
