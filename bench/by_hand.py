@@ -3,7 +3,7 @@
 Writes sd_deepdive/data/by_hand.json, which lesson 17 shows. Same scheduler, same number of UNet calls, same threads and
 memory format for both, no progress bar. Leave the machine alone while it runs.
 """
-import argparse, datetime, json, os, platform, resource, statistics, subprocess, sys, time
+import argparse, datetime, json, os, platform, resource, statistics, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 from fastprogress import progress_bar
 
 from sd_deepdive.latents import make_img
-from sd_deepdive.models import StableDiffusionPipeline, load_pipeline
+from sd_deepdive.models import load_pipeline
 from sd_deepdive.places import embedded_folder
 from sd_deepdive.sampling import make_samples
 from sd_deepdive.scratch.parts import load_parts
@@ -28,7 +28,7 @@ def in_turn(arms, times):
     "Seconds of each arm, one call of each in turn, after one to warm up."
     for call in arms.values(): call()
     took = {name: [] for name in arms}
-    for i in progress_bar(range(times)):
+    for i in progress_bar(range(times), leave=False):
         order = list(arms.items())
         for name, call in order if i%2 else reversed(order):
             start = time.perf_counter(); call(); took[name].append(time.perf_counter() - start)
@@ -73,7 +73,8 @@ def traced(parts, batch):
     class Plain(torch.nn.Module):
         def __init__(self, unet): super().__init__(); self.unet = unet
         def forward(self, *args): return self.unet(*args)[0]
-    with torch.no_grad(): graph = torch.jit.freeze(torch.jit.trace(Plain(parts.unet).eval(), args, check_trace=False))
+    with torch.no_grad(), warnings.catch_warnings(action='ignore'):     # of the tracer, that sizes become constants
+        graph = torch.jit.freeze(torch.jit.trace(Plain(parts.unet).eval(), args, check_trace=False))
     return replace(parts, unet=Graph(graph, parts.unet))
 
 
@@ -106,7 +107,7 @@ def embedded(batch, times):
     theirs = load_pipeline(device='cpu', safety_checker=False); theirs.set_progress_bar_config(disable=True)
     for part in (theirs.unet, theirs.vae): part.to(memory_format=torch.channels_last)
     assert calls_of(lambda: draw_library(pipe, 1), pipe.unet) == calls_of(lambda: draw(parts, 1), parts.unet) == STEPS + 1
-    graph = traced(replace(parts, unet=TextEveryTime(parts.unet).unet), batch)
+    graph = traced(parts, batch)
     convolutions, every_time = as_convolutions(parts), replace(parts, unet=TextEveryTime(parts.unet))
     plain = replace(convolutions, unet=TextEveryTime(convolutions.unet))
     arms = {'library': lambda: draw_library(pipe, batch), 'by hand': lambda: draw(parts, batch),
@@ -137,7 +138,7 @@ def full_size(arm, times):
 def full_sizes(times):
     "Both arms at full size, a process each, in turn."
     found = {arm: dict(seconds=[], peak=[]) for arm in ('library', 'by hand')}
-    for i in progress_bar(range(times)):
+    for i in progress_bar(range(times), leave=False):
         for arm in list(found)[::1 if i%2 else -1]:
             out = subprocess.run([sys.executable, __file__, '--arm', arm, '--threads', str(torch.get_num_threads())], capture_output=True, text=True, check=True).stdout
             one = json.loads(out.splitlines()[-1])

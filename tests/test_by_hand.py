@@ -186,7 +186,7 @@ def test_sampler_of_each_kind(tmp_path):
 
 
 def statements(file):
-    "The statements of a module by the lines that each takes: no docstrings, comments, blanks, nor the names that nbdev lists."
+    "The statements of a module by the lines that each takes: no docstrings, comments, blanks, imports, nor the names that nbdev lists."
     text = file.read_text(encoding='utf-8')
     words = {n.lineno for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Expr) and isinstance(n.value, ast.Constant)}
     found, held = [], set()
@@ -195,14 +195,14 @@ def statements(file):
         if token.type != tokenize.NEWLINE:
             held |= set(range(token.start[0], token.end[0] + 1))
             continue
-        if min(held) not in words and not text.splitlines()[min(held) - 1].startswith('__all__'): found.append(sorted(held))
+        if min(held) not in words and not text.splitlines()[min(held) - 1].startswith(('__all__', 'import ', 'from ')): found.append(sorted(held))
         held = set()
     return found
 
 
 def test_statements_counts(tmp_path):
     "The counter itself."
-    (tmp_path/'x.py').write_text('"""Words\n\nand more"""\n\n# a remark\n__all__ = ["f",\n    "g"]\n\ndef f(\n    a, # one\n):\n    "Words"\n    return a   # one\n')
+    (tmp_path/'x.py').write_text('"""Words\n\nand more"""\nimport ast\n# a remark\n__all__ = ["f",\n    "g"]\n\ndef f(\n    a, # one\n):\n    "Words"\n    return a   # one\n')
     assert statements(tmp_path/'x.py') == [[9, 10, 11], [13]]
 
 
