@@ -262,8 +262,7 @@ def forward(
         kept.append(x)
     x = run(self.middle(), x, time, text)
     for row in self.up():
-        x = torch.cat([x, kept.pop()], 1)
-        x = run(row, x, time, text, kept[-1].shape[2:] if kept else None)
+        x = run(row, torch.cat([x, kept.pop()], 1), time, text, kept[-1].shape[2:] if kept else None)
     return Predicted(self.conv_out(F.silu(self.conv_norm_out(x))))
 
 # %% ../../nbs/15_unet_by_hand.ipynb #328d29a6
