@@ -44,7 +44,11 @@ def ancestral_step(
     eta: float = 1.,    # the share of fresh noise: 0 none, 1 as DDPM has it
 ) -> Tensor:
     """Down further than asked for, and up again with fresh noise. Song et al. 2021 (DDIM),
-    arXiv:2010.02502, eq. 12 and 16; with eta = 1 Ho et al. 2020, arXiv:2006.11239, eq. 7."""
+    arXiv:2010.02502, eq. 12 and 16; with eta = 1 Ho et al. 2020, arXiv:2006.11239, eq. 7.
+    ValueError for a step that leads up, or for an eta that is no share."""
+    if torch.as_tensor(sigma_next>sigma).any() or not 0<=eta<=1:
+        raise ValueError(f'sigma={sigma}, sigma_next={sigma_next}, eta={eta} make no step down. '
+                         'Give a smaller sigma_next, and eta from 0 to 1.')
     up = eta*sigma_next*(1 - (sigma_next/sigma)**2)**.5
     down = (sigma_next**2 - up**2)**.5
     return euler_step(x, noise, sigma, down) + up*fresh
@@ -71,16 +75,19 @@ def pndm_step(
     sigma_next: float,
 ) -> Tensor:
     """Along what the last predictions foretell, as if steps were even.
-    Liu et al. 2022, arXiv:2202.09778, eq. 12."""
-    weights = ADAMS_BASHFORTH[len(noises) - 1]
-    return euler_step(x, sum(w*noise for w, noise in zip(weights, noises)), sigma, sigma_next)
+    Liu et al. 2022, arXiv:2202.09778, eq. 12. ValueError for no predictions."""
+    terms = zip(ADAMS_BASHFORTH[len(noises) - 1], noises, strict=True)
+    return euler_step(x, sum(w*noise for w, noise in terms), sigma, sigma_next)
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #51d15598
 def lms_weights(
     sigmas: Sequence[float], # where the last predictions were made, the newest first
     sigma_next: float,
 ) -> list[float]:
-    "For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others."
+    """For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others.
+    ValueError for a level that is there twice."""
+    if len(set(sigmas))<len(sigmas):
+        raise ValueError(f'sigmas={sigmas} has a level twice. Give different levels.')
     levels, weights = np.array(sigmas) - sigmas[0], []
     for k, here in enumerate(levels):
         others = np.delete(levels, k)
@@ -96,8 +103,10 @@ def lms_step(
     sigma_next: float,
 ) -> Tensor:
     """Along the curve through the last predictions: Adams-Bashforth for steps that are not even.
-    Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, III.5."""
-    return x + sum(w*noise for w, noise in zip(lms_weights(sigmas, sigma_next), noises))
+    Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, III.5.
+    ValueError unless there is a level for each prediction."""
+    return x + sum(w*noise for w, noise in
+                   zip(lms_weights(sigmas, sigma_next), noises, strict=True))
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2acf88d5
 def dpm_step(
@@ -121,15 +130,16 @@ def spaced(
     most: int = 1000,   # times of training
     offset: int = 0,    # added, where the spacing is leading
 ) -> np.ndarray:
-    """Times from late to early. ValueError for another spacing.
+    """Times from late to early. ValueError for no times or another spacing.
     Lin et al. 2023, arXiv:2305.08891, table 2."""
+    n = whole_number('n', n, 1)
     if spacing=='leading':
         return np.arange(n)[::-1]*(most//n) + offset
     if spacing=='linspace':
         return np.linspace(0, most - 1, n)[::-1]
     if spacing=='trailing':
         return np.arange(most, 0, -most/n)[:n].round() - 1
-    raise ValueError(f'timestep_spacing={spacing!r} is none. Give leading, linspace or trailing.')
+    raise ValueError(f'spacing={spacing!r} is no spacing. Give leading, linspace or trailing.')
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2adb49f4
 def karras(
@@ -152,6 +162,11 @@ WRITTEN = dict(   # values of a config's fields that are written here; of other 
                      'clip_sample_range', 'lambda_min_clipped', 'time_shift_type'], []))
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #6ba8db5f
+class _Unset:
+    "Noise levels before a run: whoever asks for one is told what to do."
+    def __getitem__(self, i):
+        raise ValueError('This sampler has no times yet. Call set_timesteps first.')
+
 class Sampler:
     """A scheduler: it picks times, keeps earlier predictions, and takes a step for each new one.
     ValueError names what a config asks for and is not written here."""
@@ -162,12 +177,13 @@ class Sampler:
     whole = False     # whether times are whole numbers
     written = WRITTEN
     fields = dict(num_train_timesteps=1000, beta_start=.0001, beta_end=.02, beta_schedule='linear',
-                  steps_offset=0., set_alpha_to_one=True, use_karras_sigmas=False)
+                  steps_offset=0, set_alpha_to_one=True, use_karras_sigmas=False)
 
     def __init__(self, seeds: Sequence[int] | None = None, **config):
         c = self.config = read_config(config, self.fields | self.own, self.written, self.library)
-        if not 0<=c.get('eta', 0)<=1:
-            raise ValueError(f'eta={c.eta} is no share of the noise. Give a number from 0 to 1.')
+        for name in ('eta', 'beta_start', 'beta_end'):
+            if not 0<=c.get(name, 0)<=1 or name!='eta' and c[name] in (0, 1):
+                raise ValueError(f'{name}={c[name]} is no share. Give a number between 0 and 1.')
         if seeds is not None:
             if 'eta' not in c:
                 raise ValueError(f'seeds={seeds} are for fresh noise. Leave them out here.')
@@ -177,7 +193,7 @@ class Sampler:
         self.betas = torch.linspace(*ends, c.num_train_timesteps)**bend
         self.alphas_cumprod = (1 - self.betas).cumprod(0)
         self.levels = ((1 - self.alphas_cumprod)/self.alphas_cumprod).sqrt().numpy()
-        self.timesteps, self.sigmas, self.i = [], [], 0      # none before set_timesteps
+        self.timesteps, self.sigmas, self.grid, self.i = [], _Unset(), _Unset(), 0
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #a7be4823
 @patch(cls_method=True)
@@ -230,8 +246,9 @@ def timesteps_from(
     self:Sampler,
     start_step: int,    # how many steps to leave out
 ) -> Tensor:
-    "Begin a run that leaves steps out; the times of its calls."
+    "Begin a run that leaves steps out; the times of its calls. ValueError for a step it has not."
     times, sigmas = self.grid
+    start_step = whole_number('start_step', start_step, 0, len(times) - 1)
     calls = [start_step + k for k in self.calls(len(times) - start_step)]
     dtype = torch.int64 if self.whole else torch.float32
     self.timesteps = torch.tensor(times[calls], dtype=dtype, device=self.place)
@@ -266,10 +283,9 @@ def add_noise(
     timesteps: Tensor,          # one, or one for each picture
 ) -> Tensor:
     "Pictures as they are at a time, in this sampler's size."
-    run = dict(zip(reversed(list(self.timesteps)), self.sigmas[-2::-1]))
-    run = {t.item(): sigma for t, sigma in run.items()}
-    every = np.arange(len(self.levels))
-    sigma = [run.get(t, np.interp(t, every, self.levels)) for t in timesteps.tolist()]
+    run = {t.item(): sigma for t, sigma in reversed([*zip(self.timesteps, self.sigmas)])}
+    sigma = [run.get(t, np.interp(t, np.arange(len(self.levels)), self.levels))
+             for t in timesteps.tolist()]
     sigma = torch.tensor(sigma, dtype=noise.dtype, device=noise.device).view(-1, 1, 1, 1)
     return (original_samples + sigma*noise)/self.size(sigma)
 
@@ -296,7 +312,7 @@ def step(
     "The next latents. ValueError for a time that is not the next of the run."
     if self.i==len(self.timesteps) or timestep!=self.timesteps[self.i]:
         raise ValueError(f'timestep={timestep} is not the next of this run. '
-                         'Call set_timesteps first.')
+                         'Take the times in order, each once; set_timesteps begins again.')
     sigma, sigma_next = self.sigmas[self.i:self.i + 2]
     wide = torch.promote_types(sample.dtype, torch.float32)
     x, noise = sample.to(wide)*self.size(sigma), model_output.to(wide)
@@ -326,7 +342,8 @@ class EulerAncestral(Sampler):
 def fresh(self:EulerAncestral, like: Tensor, generator=None) -> Tensor:
     "Fresh noise from one generator, or from one for each picture. ValueError for another number."
     def draw(n, g):
-        return torch.randn(n, *like.shape[1:], generator=g, device=g.device if g else None).to(like)
+        return torch.randn(n, *like.shape[1:], generator=g,
+                           device=getattr(g, 'device', None)).to(like)
     if generator is None and 'seeds' in self.config:
         if self.generators is None:
             self.generators = generators(self.config['seeds'])
