@@ -6,18 +6,19 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checkpoints.html.md"""
 
 # %% auto #0
 __all__ = ['SHARED_OUT', 'OLD_NAMES', 'read_json', 'check_field', 'check_sizes', 'read_config', 'today', 'weight_files',
-           'read_weights', 'Network', 'field_behind']
+           'read_weights', 'Network', 'refuse', 'unfilled', 'field_behind']
 
 # %% ../../nbs/00_checkpoints.ipynb #2deb66b8
 import json
 import torch
 from collections.abc import Mapping
+from contextlib import contextmanager
 from fastcore.basics import AttrDict, patch
 from pathlib import Path
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from ..checks import real_number, whole_number
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 # %% ../../nbs/00_checkpoints.ipynb #cdd9d151
 def read_json(
@@ -26,6 +27,9 @@ def read_json(
     "What a file holds. ValueError names one that is missing, cut short or holds something else."
     try:
         held = json.loads(file.read_text(encoding='utf-8'))
+    except FileNotFoundError:
+        raise ValueError(f'{file} is missing. Give the folder of this part, such as .../vae or '
+                         '.../tokenizer.') from None
     except (OSError, ValueError) as e:
         raise ValueError(f'{file} cannot be read ({e}). Copy the folder again.') from None
     if not isinstance(held, dict):
@@ -48,12 +52,17 @@ def check_field(
         if not isinstance(value, kind):
             raise TypeError(f'{name}={value!r} is a {type(value).__name__}, not a {kind.__name__}.')
         return value
+    if isinstance(value, list | tuple):
+        raise TypeError(f'{name}={value!r} is a list; one number is written here. Use a checkpoint '
+                        'of Stable Diffusion 1.x, or load it with diffusers.')
     if kind is float:
         return real_number(name, value)
-    return value if value is None is usual else whole_number(name, value, 1)
+    least = 1 if usual is None else min(1, usual)
+    return value if value is None is usual else whole_number(name, value, least)
 
 # %% ../../nbs/00_checkpoints.ipynb #8e8867f3
-SHARED_OUT = {'norm_num_groups': 'block_out_channels', 'num_attention_heads': 'hidden_size'}
+SHARED_OUT = {'norm_num_groups': 'block_out_channels', 'attention_head_dim': 'block_out_channels',
+              'num_attention_heads': 'hidden_size'}
 
 def check_sizes(
     config: dict,  # its fields, each of its usual kind
@@ -63,9 +72,12 @@ def check_sizes(
     if len(set(levels.values()))>1:
         raise ValueError(f'These lists differ in length: {levels}. Give one entry for each level.')
     for parts, whole in SHARED_OUT.items():
-        sizes = config.get(whole, [])
+        sizes = config.get(whole, []) if parts in config else []
         if any(n%config[parts] for n in (sizes if isinstance(sizes, list) else [sizes])):
             raise ValueError(f'{whole}={sizes} is not divisible by {parts}={config[parts]}.')
+    if 'time_cond_proj_dim' in config and config['block_out_channels'][0]%2:
+        raise ValueError(f'block_out_channels={config["block_out_channels"]} begins with an odd '
+                         'width. Give an even one: half are cosines of the time, half sines.')
 
 # %% ../../nbs/00_checkpoints.ipynb #31908482
 def read_config(
@@ -109,7 +121,7 @@ def weight_files(
     folder: Path,  # where a network was saved
 ) -> list[Path]:
     """The files that hold a network's weights, in full precision if there is a choice: one, or the
-    shards that an index names. ValueError if there are none."""
+    shards that an index names. ValueError if there are none, or the index names none."""
     for variant in ('', '.fp16', '.bf16', '.non_ema'):
         for name in ('model', 'diffusion_pytorch_model'):
             file = folder/f'{name}{variant}.safetensors'
@@ -117,23 +129,37 @@ def weight_files(
             if file.is_file():
                 return [file]
             if index.is_file():
-                shards = read_json(index).get('weight_map', {}).values()
+                found = read_json(index).get('weight_map')
+                shards = found.values() if isinstance(found, dict) else []
+                if not shards or not all(isinstance(shard, str) for shard in shards):
+                    raise ValueError(f'{index} names no shards. Copy the folder again.')
                 return [folder/shard for shard in sorted(set(shards))]
     raise ValueError(f'{folder} holds no weights: there is neither model.safetensors nor '
                      'diffusion_pytorch_model.safetensors. Give a folder from save_pretrained.')
 
 # %% ../../nbs/00_checkpoints.ipynb #0035ff6c
 def read_weights(
-    folder: Path,  # where a network was saved
+    folder: Path,                        # where a network was saved
+    device: torch.device | str = 'cpu',
+    dtype: torch.dtype | None = None,    # default: as they were saved
 ) -> dict[str, Tensor]:
-    "The tensors of a folder by today's names. ValueError if there are none, or a file is damaged."
-    weights = {}
+    """The tensors of a folder by today's names, each converted as it is read. ValueError if there
+    are none, a file is damaged, or one weight is there twice, by an old name and by today's."""
+    weights, keys = {}, {}
     for file in weight_files(folder):
         try:
-            weights |= load_file(file)
+            with safe_open(file, 'pt') as saved:
+                for key in saved.keys():
+                    if key.endswith('position_ids'):
+                        continue
+                    name = today(key)
+                    if name in weights:
+                        raise ValueError(f'{file} holds {name} twice, as {keys[name]} and as '
+                                         f'{key}. Copy it again.')
+                    weights[name], keys[name] = saved.get_tensor(key).to(device, dtype), key
         except (SafetensorError, OSError) as e:
             raise ValueError(f'{file} is cut short or damaged ({e}). Copy it again.') from None
-    return {today(k): v for k, v in weights.items() if not k.endswith('position_ids')}
+    return weights
 
 # %% ../../nbs/00_checkpoints.ipynb #a1fff0bc
 class Network(nn.Module):
@@ -155,6 +181,30 @@ class Network(nn.Module):
     def dtype(self) -> torch.dtype:
         return next(self.parameters()).dtype
 
+# %% ../../nbs/00_checkpoints.ipynb #a38bd9b4
+def refuse(
+    options: Mapping, # what a network was called with, beside what it knows
+):
+    "ValueError for an option of the library's that is not written here and says something."
+    for name, value in options.items():
+        if value is not None and name not in ('return_dict', 'generator'):
+            raise ValueError(f'{name}={value!r} is not written here. Leave it out.')
+
+# %% ../../nbs/00_checkpoints.ipynb #5b1e07c4
+class _NotFilled(TorchFunctionMode):
+    "Leaves out what `torch.nn.init` does."
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if getattr(func, '__module__', None)=='torch.nn.init':
+            return kwargs['tensor'] if 'tensor' in kwargs else args[0]
+        return func(*args, **kwargs)
+
+@contextmanager
+def unfilled():
+    "What is built inside has shapes and no numbers, and no time is spent on random ones."
+    with torch.device('meta'), _NotFilled():
+        yield
+
 # %% ../../nbs/00_checkpoints.ipynb #797f8038
 def _others(name: str, value, written: dict) -> list:
     "Other values of a field, to see what depends on it."
@@ -174,7 +224,7 @@ def field_behind(
 ) -> str | None:
     "The field of the config that decides whether a weight is there, or about its first wrong size."
     def shape_with(config):
-        with torch.device('meta'):
+        with unfilled():
             made = type(network)(config).state_dict()
         return tuple(made[key].shape) if key in made else None
     ours = shape_with(network.config)
@@ -224,13 +274,19 @@ def from_pretrained(
     dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.contiguous_format, # or torch.channels_last
 ) -> 'Network':
-    "A network from its folder. ValueError says which field or weight does not fit."
+    """A network from its folder. ValueError says which field or weight does not fit, TypeError
+    that a precision or a memory format is none."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f'dtype={dtype!r} is not a floating type. Give torch.float16, for '
+                        'instance.')
+    if not isinstance(memory_format, torch.memory_format):
+        raise TypeError(f'memory_format={memory_format!r} is not a memory format. Give '
+                        'torch.channels_last, for instance.')
     folder = Path(folder)
     try:
-        with torch.device('meta'):
+        with unfilled():
             network = cls(read_json(folder/'config.json'))
-        weights = read_weights(folder)
-        network.load_weights({key: v.to(device, dtype) for key, v in weights.items()})
+        network.load_weights(read_weights(folder, device, dtype))
     except (TypeError, ValueError) as e:
         raise ValueError(f'{folder.name}: {e}') from None
     return network.eval().requires_grad_(False).to(memory_format=memory_format)

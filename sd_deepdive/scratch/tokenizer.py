@@ -64,9 +64,10 @@ def read_merges(
             saved = read_json(file)
             lines, ids = saved['model']['merges'], saved['model']['vocab']
             ids = ids | {token['content']: token['id'] for token in saved['added_tokens']}
+        return [tuple(line.split() if isinstance(line, str) else map(str, line))
+                for line in lines], ids
     except (OSError, UnicodeError, LookupError, TypeError) as e:
         raise ValueError(f'{file} cannot be read ({e!r}). Copy the folder again.') from None
-    return [tuple(line.split() if isinstance(line, str) else line) for line in lines], ids
 
 # %% ../../nbs/12_tokenizer_by_hand.ipynb #bbae6020
 @patch(cls_method=True)
@@ -74,14 +75,16 @@ def from_pretrained(
     cls: Tokenizer,
     folder: str | Path, # of a tokenizer
 ) -> 'Tokenizer':
-    "The tokenizer of a folder. ValueError if its merges cannot be read or do not give its ids."
+    """The tokenizer of a folder. ValueError if its merges cannot be read or do not give its ids,
+    TypeError or ValueError if its config gives no whole number of tokens to read."""
     merges, ids = read_merges(Path(folder))
     config = Path(folder)/'tokenizer_config.json'
     most = read_json(config).get('model_max_length', 77) if config.is_file() else 77
-    tokenizer = cls(merges, whole_number('model_max_length', most, 2))
+    tokenizer = cls(merges, whole_number(f'{config}: model_max_length', most, 2))
     if tokenizer.ids!=ids:
-        raise ValueError(f'The merges in {folder} give {len(tokenizer.ids):,} tokens, and not the '
-                         f'{len(ids):,} of its vocabulary. Copy the folder again.')
+        t = next((t for t in [*ids, *tokenizer.ids] if ids.get(t)!=tokenizer.ids.get(t)), None)
+        raise ValueError(f'The merges in {folder} give {t!r} the id {tokenizer.ids.get(t)}, its '
+                         f'vocabulary {ids.get(t)}. Copy the folder again.')
     return tokenizer
 
 # %% ../../nbs/12_tokenizer_by_hand.ipynb #94eab8b5
@@ -211,7 +214,7 @@ def __call__(
     pieces = [self.pieces(prompt)[:kept] for prompt in prompts]
     rows = [[START, *(token for token, _ in row), END] for row in pieces]
     sizes = {False: 0, 'max_length': most} | dict.fromkeys((True, 'longest'), max(map(len, rows)))
-    if padding not in sizes or return_tensors not in (None, 'pt'):
+    if padding not in [*sizes] or return_tensors not in (None, 'pt'):
         raise ValueError(f'padding={padding!r}, return_tensors={return_tensors!r} is not written '
                          "here. Give padding='max_length' or 'longest', return_tensors='pt'.")
     rest = [sizes[padding] - len(row) for row in rows]
@@ -233,9 +236,12 @@ def __call__(
 @patch
 def decode(
     self: Tokenizer,
-    ids: Sequence[int],
+    ids: Sequence[int] | torch.Tensor | int, # one or several
 ) -> str:
-    "The text of ids, as the tokenizer read it: in lower case, a space after each word."
+    """The text of ids, as the tokenizer read it: in lower case, a space after each word. ValueError
+    or TypeError for an id that is not in the vocabulary."""
+    ids = [whole_number('id', i, 0, len(self.tokens) - 1)
+           for i in torch.as_tensor(ids).reshape(-1).tolist()]
     letters = ''.join(self.tokens[i] for i in ids).replace('</w>', ' ')
     data = b''.join(bytes([self.bytes[c]]) if c in self.bytes else c.encode() for c in letters)
     return data.decode(errors='replace').strip()
