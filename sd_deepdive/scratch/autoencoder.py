@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from torch import Tensor, nn
 from typing import NamedTuple
-from .checkpoints import Network
+from .checkpoints import Network, refuse
 from .text_encoder import attend
 
 # %% ../../nbs/14_autoencoder_by_hand.ipynb #66785f32
@@ -220,11 +220,13 @@ class Autoencoder(Network):
         self.quant_conv = nn.Conv2d(2*n, 2*n, 1) if config.use_quant_conv else nn.Identity()
         self.post_quant_conv = nn.Conv2d(n, n, 1) if config.use_post_quant_conv else nn.Identity()
 
-    def encode(self, pixels: Tensor, **_) -> Encoded:
+    def encode(self, pixels: Tensor, **options) -> Encoded:
         "Pixels (B, 3, H, W), -1 to 1, to latents (B, 4, H/8, W/8), not scaled, as distributions."
+        refuse(options)
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, 1)
         return Encoded(Gaussian(mean, logvar.clamp(-30, 20)))
 
-    def decode(self, latents: Tensor, **_) -> Decoded:
+    def decode(self, latents: Tensor, **options) -> Decoded:
         "Latents (B, 4, h, w), not scaled any more, to pixels (B, 3, 8h, 8w), about -1 to 1."
+        refuse(options)
         return Decoded(self.decoder(self.post_quant_conv(latents)))

@@ -120,7 +120,11 @@ def forward(
     input_ids: Tensor,                     # (B, N), N up to max_position_embeddings
     attention_mask: Tensor | None = None,  # (B, N), 0 for tokens not to be looked at; default: none
 ) -> TextStates:
-    "Hidden states (B, N, D). RuntimeError for too many ids, IndexError for an id with no row."
+    "Hidden states (B, N, D). ValueError for ids of another shape, IndexError for one with no row."
+    most = self.config.max_position_embeddings
+    if input_ids.ndim!=2 or input_ids.shape[1] > most:
+        raise ValueError(f'input_ids of shape {tuple(input_ids.shape)} do not fit. '
+                         f'Give (B, N), N up to {most}: truncation=True cuts a prompt.')
     places = self.embeddings['position_embedding'].weight[:input_ids.shape[1]]
     x = self.embeddings['token_embedding'](input_ids) + places
     mask = None

@@ -17,7 +17,7 @@ from math import log
 from torch import Tensor, nn
 from .autoencoder import Attention, Decoded as Predicted
 from .autoencoder import Downsample, ResnetBlock, Upsample
-from .checkpoints import Network
+from .checkpoints import Network, refuse
 from .text_encoder import attend
 
 # %% ../../nbs/15_unet_by_hand.ipynb #8b84ef19
@@ -47,11 +47,11 @@ class TimeEmbedding(nn.Module):
 class Read(dict):
     "What the cross-attentions of a UNet read in a text: keys and values for each of them."
     def __missing__(self, layer):
-        raise ValueError('encoder_hidden_states were read by another UNet. Call the read of this one.')
+        raise ValueError('encoder_hidden_states were read by another UNet. Call read of this one.')
 
 # %% ../../nbs/15_unet_by_hand.ipynb #cb81a98a
 class CrossAttention(Attention):
-    """Each pixel (B, N, width) takes a mixture of what the words (B, M, context) offer: (B, N, width).
+    """Each pixel (B, N, width) takes a mixture of what words (B, M, context) offer: (B, N, width).
     Rombach et al. 2022, arXiv:2112.10752, section 3.3."""
     def read(self, text: Tensor) -> tuple[Tensor, Tensor]:
         return self.to_k(text), self.to_v(text)
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
 # %% ../../nbs/15_unet_by_hand.ipynb #138891bf
 class TransformerBlock(nn.Module):
     """Pixels (B, N, width) look at pixels, then at words (B, M, context), then each thinks for
-    itself; each is added. Vaswani et al. 2017, arXiv:1706.03762, section 3.1, with the norms first."""
+    itself; each is added. Vaswani et al. 2017, arXiv:1706.03762, section 3.1, norms first."""
     def __init__(self, width: int, heads: int, context: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(width)
@@ -247,13 +247,20 @@ def forward(
     sample: Tensor,                 # (B, 4, h, w), noisy latents of any size
     timestep: Tensor | float,       # one for all, or one for each picture (B,); whole or not
     encoder_hidden_states: Tensor | Read,  # (B, M, D), the text, or what `read` made of it
-    **_,                            # what else the library's pipeline says
+    **options,                      # what else the library's pipeline says: nothing
 ) -> Predicted:
-    """The noise in latents, as `.sample` of the same shape.
-    Ho et al. 2020, arXiv:2006.11239, eq. 11."""
-    text = encoder_hidden_states
-    t = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
-    waves = time_waves(t, self.config.block_out_channels[0]).to(sample.dtype)
+    """The noise in latents, as `.sample` of the same shape. ValueError for latents or times that do
+    not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""
+    refuse(options)
+    channels, text = self.config.in_channels, encoder_hidden_states
+    if sample.ndim!=4 or sample.shape[1]!=channels:
+        raise ValueError(f'sample of shape {tuple(sample.shape)} does not fit. '
+                         f'Give latents (B, {channels}, h, w).')
+    t = torch.as_tensor(timestep, device=sample.device)
+    if t.shape not in ((), (1,), sample.shape[:1]):
+        raise ValueError(f'timestep of shape {tuple(t.shape)} does not fit. '
+                         f'Give one time, or {len(sample)}, one for each picture.')
+    waves = time_waves(t.expand(len(sample)), self.config.block_out_channels[0]).to(sample.dtype)
     time = F.silu(self.time_embedding(waves))
     x = self.conv_in(sample)
     kept = [x]
@@ -262,7 +269,8 @@ def forward(
         kept.append(x)
     x = run(self.middle(), x, time, text)
     for row in self.up():
-        x = run(row, torch.cat([x, kept.pop()], 1), time, text, kept[-1].shape[2:] if kept else None)
+        x = run(row, torch.cat([x, kept.pop()], 1), time, text,
+                kept[-1].shape[2:] if kept else None)
     return Predicted(self.conv_out(F.silu(self.conv_norm_out(x))))
 
 # %% ../../nbs/15_unet_by_hand.ipynb #328d29a6
