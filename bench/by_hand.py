@@ -3,7 +3,7 @@
 Writes sd_deepdive/data/by_hand.json, which lesson 17 shows. Same scheduler, same number of UNet calls, same threads and
 memory format for both, no progress bar. Leave the machine alone while it runs.
 """
-import argparse, datetime, json, os, platform, resource, statistics, subprocess, sys, time, warnings
+import argparse, datetime, json, os, platform, statistics, subprocess, sys, time, warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,10 +18,8 @@ from sd_deepdive.scratch.parts import load_parts
 from sd_deepdive.scratch.unet import Transformer, UNet
 from sd_deepdive.seeds import generators
 
-RECORD = Path(__file__).parents[1]/'sd_deepdive'/'data'/'by_hand.json'
+RECORD, FULL_SIZE = Path(__file__).parents[1]/'sd_deepdive'/'data'/'by_hand.json', Path(__file__).with_name('full_size.py')
 PROMPT, STEPS, G = 'octopus, 3d style', 25, 7.5
-SD1 = dict(sample_size=64, in_channels=4, out_channels=4, layers_per_block=2, block_out_channels=(320, 640, 1280, 1280), cross_attention_dim=768,
-           attention_head_dim=8)
 
 
 def in_turn(arms, times):
@@ -118,30 +116,13 @@ def embedded(batch, times):
     return summary(in_turn(arms, times), 'library')
 
 
-def full_size(arm, times):
-    "One arm of the UNet in Stable Diffusion's shape, random weights, one guided call at 64 x 64: seconds and peak memory of a process of its own."
-    torch.manual_seed(0)
-    if arm == 'library':
-        from diffusers import UNet2DConditionModel
-        unet = UNet2DConditionModel(**SD1)
-    else: unet = UNet(SD1)
-    unet = unet.eval().requires_grad_(False)
-    x, text = torch.randn(2, 4, 64, 64), torch.randn(2, 77, 768)
-    if arm == 'by hand': text = unet.read(text)
-    took = []
-    with torch.no_grad():
-        for _ in range(times + 1):
-            start = time.perf_counter(); unet(x, torch.tensor(500), encoder_hidden_states=text); took.append(time.perf_counter() - start)
-    return dict(seconds=took[1:], peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)
-
-
 def full_sizes(times):
     "Both arms at full size, a process each, in turn."
     found = {arm: dict(seconds=[], peak=[]) for arm in ('library', 'by hand')}
     for i in progress_bar(range(times), leave=False):
         for arm in list(found)[::1 if i%2 else -1]:
-            out = subprocess.run([sys.executable, __file__, '--arm', arm, '--threads', str(torch.get_num_threads())], capture_output=True, text=True, check=True).stdout
-            one = json.loads(out.splitlines()[-1])
+            out = subprocess.run([sys.executable, FULL_SIZE, arm, str(torch.get_num_threads()), '2'], capture_output=True, text=True, check=True).stdout
+            one = json.loads(out)
             found[arm]['seconds'] += one['seconds']; found[arm]['peak'].append(one['peak'])
     record = summary({arm: f['seconds'] for arm, f in found.items()}, 'library')
     for arm, f in found.items(): record[arm]['peak'] = max(f['peak'])
@@ -151,13 +132,14 @@ def full_sizes(times):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('--threads', type=int, default=os.cpu_count()); parser.add_argument('--times', type=int, default=30)
-    parser.add_argument('--full', type=int, default=3, help='processes for each arm at full size; 0: none'); parser.add_argument('--arm', help=argparse.SUPPRESS)
+    parser.add_argument('--full', type=int, default=3, help='processes for each arm at full size')
+    parser.add_argument('--only', choices=['batch_1', 'batch_8', 'full_size'], help='measure this part alone, and keep the rest of the record')
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    if args.arm: print(json.dumps(full_size(args.arm, 2))); return
-    record = dict(date=datetime.date.today().isoformat(), threads=args.threads, torch=torch.__version__, python=platform.python_version(), machine=machine(),
-                  batch_1=embedded(1, args.times), batch_8=embedded(8, max(2, args.times//5)))
-    if args.full: record['full_size'] = full_sizes(args.full)
+    parts = dict(batch_1=lambda: embedded(1, args.times), batch_8=lambda: embedded(8, max(2, args.times//5)), full_size=lambda: full_sizes(args.full))
+    record = json.loads(RECORD.read_text()) if args.only else {}
+    record |= dict(date=datetime.date.today().isoformat(), threads=args.threads, torch=torch.__version__, python=platform.python_version(), machine=machine())
+    record |= {name: measure() for name, measure in parts.items() if args.only in (None, name)}
     for name, arms in record.items():
         if not isinstance(arms, dict): continue
         print(f'\n{name}')

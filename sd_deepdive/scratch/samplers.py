@@ -84,10 +84,7 @@ def lms_weights(
     sigmas: Sequence[float], # where the last predictions were made, the newest first
     sigma_next: float,
 ) -> list[float]:
-    """For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others.
-    ValueError for a level that is there twice."""
-    if len(set(sigmas))<len(sigmas):
-        raise ValueError(f'sigmas={sigmas} has a level twice. Give different levels.')
+    "For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others."
     levels, weights = np.array(sigmas) - sigmas[0], []
     for k, here in enumerate(levels):
         others = np.delete(levels, k)

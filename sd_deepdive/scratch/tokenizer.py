@@ -208,8 +208,8 @@ def __call__(
 ) -> AttrDict:
     "Ids and mask. TypeError or ValueError for no text, or for rows that make no tensor."
     prompts = texts('text', text)
-    most = self.model_max_length if max_length is None else max_length
-    most = whole_number('max_length', most, 2)
+    most = whole_number(
+        'max_length', self.model_max_length if max_length is None else max_length, 2)
     kept = most - 2 if truncation else None          # start and end need two
     pieces = [self.pieces(prompt)[:kept] for prompt in prompts]
     rows = [[START, *(token for token, _ in row), END] for row in pieces]

@@ -262,12 +262,10 @@ def forward(
                          f'Give one time, or {len(sample)}, one for each picture.')
     waves = time_waves(t.expand(len(sample)), self.config.block_out_channels[0]).to(sample.dtype)
     time = F.silu(self.time_embedding(waves))
-    x = self.conv_in(sample)
-    kept = [x]
+    kept = [self.conv_in(sample)]
     for row in self.down():
-        x = run(row, x, time, text)
-        kept.append(x)
-    x = run(self.middle(), x, time, text)
+        kept.append(run(row, kept[-1], time, text))
+    x = run(self.middle(), kept[-1], time, text)
     for row in self.up():
         x = run(row, torch.cat([x, kept.pop()], 1), time, text,
                 kept[-1].shape[2:] if kept else None)
