@@ -49,12 +49,12 @@ def test_page_fits_a_phone(browser, page, scheme):
 
 @pytest.mark.parametrize('nb, page', LESSONS)
 def test_search_finds_lesson(browser, site, nb, page):
-    "A lesson's title typed into the search box leads to the lesson."
+    "A lesson's title typed into the search box shows the lesson among the first three: its sister by hand has the title in its own."
     browser.open('index.html')
     title = soup(site/page).select_one('h1.title').text
     browser.driver.find_element(By.CSS_SELECTOR, '#quarto-search input').send_keys(title)
     hits = WebDriverWait(browser.driver, 10).until(lambda d: d.find_elements(By.CSS_SELECTOR, '.smalldocs-search-results a'))
-    assert urlsplit(hits[0].get_attribute('href')).path == f'/{page}'
+    assert f'/{page}' in [urlsplit(hit.get_attribute('href')).path for hit in hits[:3]]
 
 
 @pytest.mark.parametrize('nb, page', LESSONS)
