@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from nbdev.config import get_config
 from nbdev.doclinks import nbglob
 from selenium import webdriver
@@ -93,9 +94,14 @@ class Quiet(http.server.SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope='session')
-def site():
-    "The folder of the site, built once."
-    subprocess.run([sys.executable, ROOT/'tools/build_docs.py'], check=True, timeout=600)
+def site(tmp_path_factory):
+    "The folder of the site, built once, by whichever process of the tests asks first."
+    shared = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ: shared = shared.parent
+    with FileLock(shared/'site.lock'):
+        if not (shared/'site.built').exists():
+            subprocess.run([sys.executable, ROOT/'tools/build_docs.py'], check=True, timeout=600)
+            (shared/'site.built').touch()
     return CFG.doc_path
 
 

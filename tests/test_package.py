@@ -86,7 +86,7 @@ def exported(path):
 
 
 @pytest.mark.xdist_group('site')   # it writes where the site's builder does
-def test_readme_in_step(tmp_path, monkeypatch):
+def test_readme_in_step(site, tmp_path, monkeypatch):
     "README.md and its pictures are what the index notebook gives."
     monkeypatch.syspath_prepend(ROOT/'tools')
     from build_readme import readme
