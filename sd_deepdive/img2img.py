@@ -20,11 +20,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from PIL import Image
 from fastdownload import FastDownload, download_url
-from .checks import enough_memory, pair_up, real_number, texts, whole_number, whole_numbers
+from .checks import pair_wishes, real_number, whole_number
 from .images import fit_picture
-from .models import StableDiffusionPipeline
+from .models import StableDiffusionPipeline, draw_in_batches
 from .schedule import set_timesteps
-from .seeds import generators
 
 # %% ../nbs/03_image_to_image.ipynb #917e26be
 from diffusers import DDIMScheduler, StableDiffusionImg2ImgPipeline
@@ -90,19 +89,11 @@ def image_to_image(
     set_timesteps(img2img.scheduler, num_inference_steps)    # an error if it cannot walk so many
     run = num_inference_steps - skipped_steps(strength, num_inference_steps)
     whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
-    negative = texts('negative_prompt', '' if negative_prompt is None else negative_prompt)
-    seeds = whole_numbers('seeds', seeds, 0, 2**64 - 1)
-    prompts = texts('prompt', prompt)
-    prompts, seeds, negative = pair_up(prompts=prompts, seeds=seeds, negative_prompts=negative)
-    same = dict(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps,
-                strength=min(1, (run + .5)/num_inference_steps))    # for which the library gives `run`
-    pictures = []
-    for i in range(0, len(prompts), batch_size):
-        one = slice(i, i + batch_size)
-        with enough_memory(f'batch_size, now {batch_size}'):
-            pictures += img2img(prompts[one], image=[start]*len(prompts[one]), negative_prompt=negative[one],
-                                generator=generators(seeds[one]), **same).images
-    return pictures
+    prompts, seeds, negative = pair_wishes(prompt, seeds, negative_prompt)
+    each = dict(prompt=prompts, negative_prompt=negative, image=[start]*len(prompts))
+    return draw_in_batches(img2img, batch_size, seeds, each, guidance_scale=guidance_scale,
+                           num_inference_steps=num_inference_steps,
+                           strength=min(1, (run + .5)/num_inference_steps))    # for which the library gives `run`
 
 # %% ../nbs/03_image_to_image.ipynb #48db03b6
 def _place(url: str, folder: str | Path | None) -> Path:

@@ -11,6 +11,7 @@ __all__ = ['Parts', 'take_apart', 'load_parts', 'latents_callback']
 import reprlib
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from fastcore.basics import patch
 from pathlib import Path
 import torch
 from .checks import whole_number
@@ -26,26 +27,38 @@ class Parts:
     scheduler: object
 
     def __repr__(self) -> str: return f'Parts(pictures {self.side} x {self.side}, {self.device.type}, {self.dtype})'
-    @property
-    def device(self) -> torch.device: return self.text_encoder.device
-    @property
-    def dtype(self) -> torch.dtype: return self.text_encoder.dtype
-    @property
-    def factor(self) -> int:
-        "Pixels for one latent, along a side: each level of the autoencoder after the first halves the picture."
-        return 2**(len(self.vae.config.block_out_channels) - 1)
-    @property
-    def side(self) -> int:
-        "Pixels of a side of the pictures that the UNet was trained for."
-        return self.unet.config.sample_size*self.factor
-    @property
-    def channels(self) -> int:
-        "Channels of the latents."
-        return self.unet.config.in_channels
-    @property
-    def scaling_factor(self) -> float:
-        "What the autoencoder's latents are multiplied by, so that they deviate by about one."
-        return self.vae.config.scaling_factor
+
+# %% ../nbs/05_latent_diffusion.ipynb #a2a2dc4e
+@patch(as_prop=True)
+def device(self: Parts) -> torch.device:
+    "Where the parts compute."
+    return self.text_encoder.device
+
+@patch(as_prop=True)
+def dtype(self: Parts) -> torch.dtype:
+    "The precision in which they compute."
+    return self.text_encoder.dtype
+
+# %% ../nbs/05_latent_diffusion.ipynb #bb9ed869
+@patch(as_prop=True)
+def factor(self: Parts) -> int:
+    "Pixels for one latent, along a side: each level of the autoencoder after the first halves the picture."
+    return 2**(len(self.vae.config.block_out_channels) - 1)
+
+@patch(as_prop=True)
+def side(self: Parts) -> int:
+    "Pixels of a side of the pictures that the UNet was trained for."
+    return self.unet.config.sample_size*self.factor
+
+@patch(as_prop=True)
+def channels(self: Parts) -> int:
+    "Channels of the latents."
+    return self.unet.config.in_channels
+
+@patch(as_prop=True)
+def scaling_factor(self: Parts) -> float:
+    "What the autoencoder's latents are multiplied by, so that they deviate by about one."
+    return self.vae.config.scaling_factor
 
 # %% ../nbs/05_latent_diffusion.ipynb #409bf384
 def take_apart(

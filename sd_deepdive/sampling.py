@@ -15,7 +15,7 @@ from fastcore.basics import chunked
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import enough_memory, pair_up, real_number, side, texts, whole_number, whole_numbers
+from .checks import enough_memory, pair_wishes, real_number, side, whole_number, whole_numbers
 from .guidance import guide
 from .latents import decode, pil2latent
 from .parts import Parts, take_apart
@@ -165,6 +165,15 @@ def _starts(init_img) -> list:
         raise ValueError(f'init_img has {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
     return images
 
+# %% ../nbs/10_loop.ipynb #bd83e9c9
+def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g, steps) -> Iterator[Step]:
+    "The steps of one batch. `images` are the pictures to start from, or Nones; then `size` is height and width."
+    text, uncond = text_enc(parts, prompts), text_enc(parts, negative_prompts)
+    init = None if images[0] is None else pil2latent(parts, images)
+    height, width = size if init is None else images[0].size[::-1]
+    latents = start_latents(parts, make_noise(parts, seeds, height, width), steps, init, start_step)
+    yield from denoise(parts, latents, text, uncond, g, steps, start_step)
+
 # %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
 def make_samples(
@@ -189,17 +198,11 @@ def make_samples(
         raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
     if init_img is not None and not height is width is None:
         raise ValueError('height and width are those of init_img: leave them out.')
-    wishes = zip(*pair_up(prompts=texts('prompts', prompts), seed=whole_numbers('seed', seed, 0, 2**64 - 1),
-                          negative_prompt=texts('negative_prompt', '' if negative_prompt is None else negative_prompt),
-                          init_img=_starts(init_img)))
+    wishes = zip(*pair_wishes(prompts, seed, negative_prompt, ('prompts', 'seed', 'negative_prompt'), init_img=_starts(init_img)))
     pixels, batches = [], list(chunked(wishes, batch_size))
     with (tqdm(total=len(batches)*steps, delay=20, leave=False) as bar,
           enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):
-        for prompts, seed, negative_prompt, images in (zip(*batch) for batch in batches):
-            text, uncond = text_enc(parts, prompts), text_enc(parts, negative_prompt)
-            init = None if init_img is None else pil2latent(parts, images)
-            if init is not None: width, height = images[0].size
-            latents = start_latents(parts, make_noise(parts, seed, height, width), steps, init, start_step)
-            for step in denoise(parts, latents, text, uncond, g, steps, start_step): bar.update()
+        for batch in batches:
+            for step in _batch(parts, *zip(*batch), (height, width), start_step, g, steps): bar.update()
             pixels.append(decode(parts, step.latents))
     return torch.cat(pixels)
