@@ -10,6 +10,7 @@ __all__ = ['EMBEDDED', 'best_device', 'find_device', 'best_dtype', 'find_dtype',
 # %% ../nbs/00_places.ipynb #6782607a
 import json, re
 import torch
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
@@ -61,6 +62,7 @@ def embedded_folder() -> Path:
 # %% ../nbs/00_places.ipynb #d1387c3d
 def check_folder(
     folder: Path, # where `save_pretrained` wrote a pipeline
+    parts: Sequence[str] | None = None,  # which of its parts have to be there; default: all
 ) -> Path:
     "The folder, if it holds a pipeline with weights that can be read; else a ValueError names file and remedy."
     listing = folder/'model_index.json'
@@ -72,11 +74,12 @@ def check_folder(
             raise ValueError(f'{file.relative_to(folder)} in {folder} is cut short or damaged ({e}). '
                              'Copy the folder again.') from None
     listed = json.loads(listing.read_text())
-    if not isinstance(listed, dict) or listed.get('_class_name')!='StableDiffusionPipeline':
-        raise ValueError(f'{listing} does not describe a StableDiffusionPipeline. The course needs one.')
-    parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
+    kind = listed.get('_class_name') if isinstance(listed, dict) else None
+    if kind!='StableDiffusionPipeline':
+        raise ValueError(f'{listing} says {kind!r}: it does not describe a StableDiffusionPipeline. The course needs one.')
+    if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
     if missing := [k for k in parts if not (folder/k).is_dir()]:
-        raise ValueError(f'{folder} lacks {", ".join(missing)}, which {listing.name} names. Copy the folder again.')
+        raise ValueError(f'{folder} lacks {", ".join(missing)}. Copy the folder again.')
     for file in sorted(folder.rglob('*.safetensors')):
         try:
             with safe_open(file, 'pt'): pass
@@ -88,11 +91,12 @@ def check_folder(
 # %% ../nbs/00_places.ipynb #7d10dc47
 def find_model(
     name: str | Path, # "embedded", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4"
+    parts: Sequence[str] | None = None,  # which parts a folder has to hold; default: all that it names
 ) -> Path | str:
     "The folder or hub id that a name stands for. ValueError for neither, and for a folder without a pipeline."
     if not isinstance(name, str | Path): raise TypeError(f'name={name!r} is not a name. Give a string or a path.')
-    if str(name)==EMBEDDED: return check_folder(embedded_folder())
-    if str(name) and Path(name).is_dir(): return check_folder(Path(name))
+    if str(name)==EMBEDDED: return check_folder(embedded_folder(), parts)
+    if str(name) and Path(name).is_dir(): return check_folder(Path(name), parts)
     if re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(name)): return str(name)
     raise ValueError(f'name={str(name)!r} is not a model: there is no such folder, and a hub id reads "owner/model". '
                      f'Use "{EMBEDDED}", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4".')

@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
 from .parts import Parts, take_apart
+from .schedule import trained
 from diffusers import (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler,
                        LMSDiscreteScheduler, PNDMScheduler, SchedulerMixin)
 
@@ -62,7 +63,4 @@ def with_scheduler(
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f'name={name!r} is not a scheduler. Take one of {", ".join(SCHEDULERS)}.')
     kind, needs = SCHEDULERS[name]
-    trained = ('num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas',
-               'prediction_type')
-    levels = {k: parts.scheduler.config[k] for k in trained if k in parts.scheduler.config}
-    return replace(parts, scheduler=kind(**levels | needs | options))
+    return replace(parts, scheduler=kind(**trained(parts.scheduler) | needs | options))

@@ -38,6 +38,14 @@ def untrained(width=16, unet=(8, 16), vae=(8, 8), side=8, **more):
         **dict(safety_checker=None, feature_extractor=None) | more)
 
 
+@pytest.fixture(scope='session')
+def other(tmp_path_factory):
+    "The folder of the other model: text width 32, pictures of 64 x 64, 4 x 4 pixels for one latent, scaling factor 0.3."
+    folder = tmp_path_factory.mktemp('other')
+    untrained(width=32, unet=(16, 32, 32), vae=(8, 16, 16), side=16, scaling_factor=.3).save_pretrained(folder)
+    return folder
+
+
 def find_chromium():
     "Where Chromium is: in the variable CHROME or on the path."
     return next(filter(None, map(shutil.which, [os.environ.get('CHROME', ''), 'chromium', 'chromium-browser', 'google-chrome'])), None)

@@ -2,19 +2,11 @@
 import re
 
 import pytest
-from conftest import CFG, NBS, untrained
+from conftest import CFG, NBS
 from test_notebooks import run_notebook
 
 LESSONS = [nb for nb in NBS if re.match(r'(0[1-9]|1[0-7])_', nb.name)]
 CHOICE = "model = 'embedded'   # or"
-
-
-@pytest.fixture(scope='session')
-def other(tmp_path_factory):
-    "The folder of the other model: text width 32, pictures of 64 x 64, 4 x 4 pixels for one latent, scaling factor 0.3."
-    folder = tmp_path_factory.mktemp('other')
-    untrained(width=32, unet=(16, 32, 32), vae=(8, 16, 16), side=16, scaling_factor=.3).save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize('nb', LESSONS, ids=lambda p: p.name)

@@ -14,6 +14,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import NamedTuple
 from .checkpoints import Network
+from .configs import FIELDS, WRITTEN
 
 # %% ../../nbs/13_text_encoder_by_hand.ipynb #364910b8
 def attend(
@@ -90,18 +91,11 @@ class TextStates(NamedTuple):
 class TextEncoder(Network):
     "CLIP's text encoder: ids to hidden states. Radford et al. 2021, arXiv:2103.00020, section 2.4."
     kind = 'CLIPTextModel'
-    fields = dict(vocab_size=49408, hidden_size=512, intermediate_size=2048, num_hidden_layers=12,
-                  num_attention_heads=8, max_position_embeddings=77, hidden_act='quick_gelu',
-                  layer_norm_eps=1e-5)
-    written = dict(hidden_act=list(ACTIVATIONS), model_type=['clip_text_model'])
-    written |= dict.fromkeys(['architectures', 'bos_token_id', 'eos_token_id', 'pad_token_id',
-                              'dtype', 'torch_dtype', 'initializer_factor', 'initializer_range',
-                              'projection_dim', 'transformers_version'], [])
+    fields, written = FIELDS[kind], WRITTEN[kind]
 
     def __init__(self, config):
         super().__init__(config)
-        config = self.config
-        width = config.hidden_size
+        config, width = self.config, self.config.hidden_size
         self.embeddings = nn.ModuleDict(dict(
             token_embedding=nn.Embedding(config.vocab_size, width),
             position_embedding=nn.Embedding(config.max_position_embeddings, width)))
