@@ -7,7 +7,6 @@ import torch
 from conftest import ROOT, untrained
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from tools.training import autoencoder, data, diffusion
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sd_deepdive.drawings import drawings
@@ -17,14 +16,13 @@ from sd_deepdive.places import embedded_folder
 from sd_deepdive.parts import load_parts
 from sd_deepdive.sampling import make_samples
 from sd_deepdive.schedulers import SCHEDULERS, with_scheduler
+from sd_deepdive.training.autoencoder import latent_deviation, psnr_of, round_trips
+from sd_deepdive.training.diffusion import noise_loss, text_states
+from sd_deepdive.training.quality import on_white
 
 
 @pytest.fixture(scope='module')
 def pipe(): return load_pipeline(device='cpu')
-
-
-@pytest.fixture(scope='module')
-def slice_of_data(): return data.unpack(ROOT/'sd_deepdive'/'data'/'pictures.zip')
 
 
 @pytest.fixture
@@ -62,34 +60,25 @@ def test_plain_diffusers_makes_the_same_pictures(pipe):
     assert theirs.tobytes() == text_to_image(pipe, 'tulip, 3d style', seeds=3, num_inference_steps=8)[0].tobytes()
 
 
-def test_autoencoder_on_held_out_pictures(pipe, slice_of_data):
+def test_autoencoder_on_held_out_pictures(pipe):
     "Pictures that it was not trained on come back with at least 24 dB."
-    entries, rgba = slice_of_data
-    held = [i for i, e in enumerate(entries) if data.is_held_out(e)]
-    pixels = data.compose(rgba[held], torch.ones(len(held), 3))
-    with torch.no_grad(): psnr = autoencoder.psnr(autoencoder.round_trips(pipe.vae, pixels), pixels)
-    assert len(held) >= 5 and psnr.mean() >= 24
+    pixels = on_white(drawings(held_out=True))
+    assert len(pixels) >= 5 and psnr_of(round_trips(pipe.vae, pixels), pixels).mean() >= 24
 
 
-def test_scaling_factor(pipe, slice_of_data):
+def test_scaling_factor(pipe):
     "Scaled latents deviate by about one, as the noise does."
-    pixels = data.compose(slice_of_data[1], torch.ones(len(slice_of_data[1]), 3))
-    with torch.no_grad(): deviation = autoencoder.measure_latents(pipe.vae, pixels)*pipe.vae.config.scaling_factor
-    assert abs(deviation - 1) < .1
+    assert abs(latent_deviation(pipe.vae, on_white(drawings()))*pipe.vae.config.scaling_factor - 1) < .1
 
 
-def test_captions_matter(pipe, slice_of_data):
+@torch.no_grad()
+def test_captions_matter(pipe):
     "The right caption lowers the loss by a quarter and more against a wrong one."
-    entries, rgba = slice_of_data
-    use = [i for i, e in enumerate(entries) if e['style'] in data.STYLES and not data.is_held_out(e)][::3]
-    words = [f'{entries[i]["thing"]}, {entries[i]["style"]} style' for i in use]
-    pixels = data.compose(rgba[use], torch.ones(len(use), 3))
-    with torch.no_grad():
-        z = pipe.vae.encode(pixels).latent_dist.mode()*pipe.vae.config.scaling_factor
-        states = diffusion.text_states(pipe.text_encoder, pipe.tokenizer, words).float()
-        noise, t = torch.randn(z.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([700])
-        x = diffusion.noisy(z, noise, t, pipe.scheduler.alphas_cumprod)
-        right, wrong = ((pipe.unet(x, t, s).sample - noise).pow(2).mean() for s in (states, states.roll(len(use)//2, 0)))
+    use = drawings(held_out=False)[::3]
+    z = pipe.vae.encode(on_white(use)).latent_dist.mode()*pipe.vae.config.scaling_factor
+    text, noise = text_states(pipe, [d.caption for d in use]).float(), torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
+    loss, t = noise_loss(pipe.scheduler.alphas_cumprod), torch.full((len(use),), 700)
+    right, wrong = (loss(pipe.unet, z, words, t, noise) for words in (text, text.roll(len(use)//2, 0)))
     assert right < .75*wrong
 
 

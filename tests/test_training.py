@@ -1,90 +1,138 @@
-"""The code that makes the embedded model: data, captions, and a loop that survives being broken off."""
-import json
+"""The code that makes the embedded model: its recipe, a loop that survives a kill, several processes, and the whole recipe in small."""
+import os
 import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import pytest
 import torch
 from conftest import ROOT
-from tools.training import data, fit as fitting
 
-SLICE = ROOT/'sd_deepdive'/'data'/'pictures.zip'
+from sd_deepdive.drawings import drawings, read_drawings, write_drawings
+from sd_deepdive.models import load_pipeline, text_to_image
+from sd_deepdive.places import embedded_folder
+from sd_deepdive.training.clip import load_clip
+from sd_deepdive.training.data import caption, compose, stack, styles, things
+from sd_deepdive.training.loop import Trainer
+from sd_deepdive.training.sources import held_out_pairs
 
-
-def train(folder, steps, *, stop=None, bad_step=None):
-    "Fit a line; `stop` ends with an error after that many steps, as a kill would; `bad_step` gives a loss that is not a number."
-    torch.manual_seed(0)
-    model, done = torch.nn.Linear(3, 1), []
-
-    def draw(g, step):
-        if step == stop: raise KeyboardInterrupt
-        return dict(x=torch.randn(8, 3, generator=g), step=torch.full((8,), step))
-
-    def loss(model, x, step):
-        done.append(int(step[0]))
-        return (model(x) - x.sum(1, keepdim=True)).pow(2).mean() * (float('nan') if step[0] == bad_step else 1)
-
-    try: fitting.fit(model, draw, loss, fitting.accelerator(), steps=steps, lr=.05, folder=folder, warmup=5, save_every=10)
-    except KeyboardInterrupt: pass
-    return model.state_dict(), done
-
-
-def test_resumes_bit_for_bit(tmp_path):
-    "Broken off between two checkpoints and started again, training ends with the weights of an unbroken run."
-    whole, _ = train(tmp_path/'whole', 40)
-    _, first = train(tmp_path/'broken', 40, stop=27)
-    resumed, second = train(tmp_path/'broken', 40)
-    assert first == list(range(27)) and second == list(range(20, 40))
-    assert all(torch.equal(whole[k], resumed[k]) for k in whole)
-    assert not list(tmp_path.rglob('*.part'))
+# A small UNet with attention learns noise from latents and states that are random: what matters here is the arithmetic.
+SCRIPT = '''
+import sys, torch
+from pathlib import Path
+from diffusers import UNet2DConditionModel
+from sd_deepdive.drawings import drawings
+from sd_deepdive.training.diffusion import Prepared, diffusion_batches, noise_loss
+from sd_deepdive.training.loop import Trainer, save_whole
+folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+g, some = torch.Generator().manual_seed(0), drawings('red apple')
+ready = Prepared(some, torch.randn(len(some), 13, 4, 8, 8, generator=g), torch.randn(len(some), 30, 77, 16, generator=g), torch.randn(77, 16, generator=g))
+torch.manual_seed(0)
+unet = UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4,
+                            down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D'])
+trainer = Trainer(unet, steps, 1e-3, folder, warmup=5)
+losses = trainer.fit(diffusion_batches(ready, [(1, steps)], batch=8), noise_loss(torch.linspace(.999, .005, 1000)), every=5)
+if trainer.acc.is_main_process: save_whole(folder/'end.pt', dict(weights=unet.state_dict(), losses=torch.tensor(losses), processes=trainer.acc.num_processes))
+'''
+ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 
-def test_loss_falls(tmp_path):
-    "The loop learns: the line is found."
-    weights, _ = train(tmp_path, 200)
-    assert (weights['weight'] - 1).abs().max() < .05
+@pytest.fixture(scope='module')
+def script(tmp_path_factory):
+    file = tmp_path_factory.mktemp('script')/'train.py'
+    file.write_text(SCRIPT)
+    return file
 
 
-def test_not_a_number_stops(tmp_path):
-    "A loss that is not finite stops training, names the step, and keeps the batch and the last checkpoint."
-    with pytest.raises(FloatingPointError, match='step 13'): train(tmp_path, 40, bad_step=13)
-    kept = torch.load(tmp_path/'not_finite.pt', weights_only=True)
-    assert kept['step'] == 13 and kept['batch']['x'].shape == (8, 3)
-    assert torch.load(tmp_path/'checkpoint.pt', weights_only=True)['step'] == 10
+def free_port():
+    "A port that nobody listens at."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return str(s.getsockname()[1])
 
 
-def test_same_randomness_on_any_number_of_processes():
-    "Two processes see together what one sees alone."
-    class Process:
-        def __init__(self, index, n): self.process_index, self.num_processes, self.device = index, n, 'cpu'
-    batch = dict(x=torch.randn(8, 3, generator=fitting.step_generator(0, 5)))
-    parts = [fitting.share(batch, Process(i, 2))['x'] for i in range(2)]
-    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), batch['x'])
-    assert not torch.equal(batch['x'], torch.randn(8, 3, generator=fitting.step_generator(0, 6)))
+def end(folder): return torch.load(folder/'end.pt', weights_only=True)
 
+
+@pytest.fixture(scope='module')
+def unbroken(script, tmp_path_factory):
+    "The end of a run of one process that nothing disturbed."
+    folder = tmp_path_factory.mktemp('unbroken')
+    subprocess.run([sys.executable, script, folder, '40'], env=ENV, cwd=ROOT, check=True, capture_output=True)
+    return end(folder)
+
+
+def test_two_processes(script, unbroken, tmp_path):
+    "Two processes started by `accelerate launch` have the losses and the weights of one with the same batch."
+    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+              '--dynamo_backend', 'no', '--main_process_port', free_port(), script, tmp_path, '40']
+    done = subprocess.run(launch, env=ENV, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = end(tmp_path)
+    assert (unbroken['processes'], two['processes']) == (1, 2)
+    assert (two['losses'] - unbroken['losses']).abs().max() < 1e-4
+    assert max((two['weights'][k] - w).abs().max() for k, w in unbroken['weights'].items()) < 1e-3
+    assert (unbroken['losses'] - unbroken['losses'].roll(1)).abs().max() > 1e-2, 'the losses of two steps differ by more'
+
+
+def test_killed(script, unbroken, tmp_path):
+    "Killed with -9 at any moment, three times, training goes on and ends with the weights of an unbroken run, bit for bit."
+    rng, kills = random.Random(0), 0
+    while not (tmp_path/'end.pt').exists():
+        was = (tmp_path/'checkpoint.pt').stat().st_mtime_ns if (tmp_path/'checkpoint.pt').exists() else 0
+        run = subprocess.Popen([sys.executable, script, tmp_path, '40'], env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kills < 3 and run.poll() is None:     # wait for a newer checkpoint, then for a moment
+            if (tmp_path/'checkpoint.pt').exists() and (tmp_path/'checkpoint.pt').stat().st_mtime_ns > was:
+                time.sleep(rng.random()*.3)
+                run.send_signal(signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(.005)
+        code = run.wait()
+        assert code in (0, -signal.SIGKILL), code
+    killed = end(tmp_path)
+    assert kills == 3 and torch.equal(killed['losses'], unbroken['losses'])
+    assert all(torch.equal(killed['weights'][k], w) for k, w in unbroken['weights'].items())
+
+
+def test_checkpoint_that_is_none(tmp_path):
+    "A file that was cut short, or is something else, is named."
+    (tmp_path/'checkpoint.pt').write_bytes(b'PK\x03\x04 not a checkpoint')
+    with pytest.raises(ValueError, match='checkpoint.pt'):
+        Trainer(torch.nn.Linear(3, 1), 5, .1, tmp_path).fit(lambda g, step: dict(x=torch.randn(4, 3, generator=g)), lambda m, x: m(x).square().mean())
+
+
+# The recipe --------------------------------------------------------------------------------------------------------
 
 def test_slice():
-    "The slice in the package holds two dozen things in every style that has them, as premultiplied pictures of the right size."
-    entries, rgba = data.unpack(SLICE)
-    assert rgba.shape == (len(entries), 4, data.SIZE, data.SIZE) and rgba.dtype == torch.uint8
-    assert {e['thing'] for e in entries} == set(data.things(24))
-    for style in data.STYLES: assert sum(e['style'] == style for e in entries) == 24
+    "The slice in the package holds two dozen things in every style that has them; pictures of the right size, premultiplied."
+    rgba = stack(drawings())
+    assert rgba.shape == (len(drawings()), 4, 128, 128) and rgba.dtype == torch.uint8
+    assert {d.thing for d in drawings()} == set(things(24))
+    for style in {d.style for d in drawings()} & set(styles()): assert len(drawings(style=style)) == 24
     assert (rgba[:, :3] <= rgba[:, 3:]).all(), 'colour is premultiplied by alpha'
     assert (rgba[:, 3].flatten(1).amax(1) > 200).all(), 'no picture is empty'
 
 
 def test_held_out():
-    "At least 40 pairs of things that are drawn, at least 100 pictures in all; no thing is held out in every style."
-    drawn = [p for p in data.held_out() if p[0] in data.things()]
-    assert len(drawn) >= 40 and len(data.held_out()) >= 100
-    for thing in data.things(): assert sum((thing, s) in data.held_out() for s in data.STYLES) < len(data.STYLES) - 1
-    assert {s for _, s in drawn} == set(data.STYLES)
+    "At least 100 pairs of things that are drawn, some in each style; no thing is held out in every style."
+    drawn = [p for p in held_out_pairs() if p[0] in things()]
+    assert len(drawn) >= 100 and {s for _, s in drawn} == set(styles())
+    for thing in things(): assert sum((thing, s) in held_out_pairs() for s in styles()) < len(styles()) - 1
+    assert {(d.thing, d.style) for d in drawings(held_out=True) if d.style in styles()} == {p for p in drawn if drawings_of_slice(*p)}
+
+
+def drawings_of_slice(thing, style): return [d for d in drawings() if (d.thing, d.style) == (thing, style)]
 
 
 def test_captions():
     "A caption names the thing; the background exactly when it is not white, or else seldom."
-    entry = dict(thing='octopus', style='3d', keywords=['sea', 'animal'])
-    white = [data.caption(entry, 'white', random.Random(i)) for i in range(300)]
-    blue = [data.caption(entry, 'blue', random.Random(i)) for i in range(300)]
+    octopus = drawings('octopus', '3d')[0]
+    white, blue = ([caption(octopus, name, random.Random(i)) for i in range(300)] for name in ('white', 'blue'))
     assert all('octopus' in c for c in white + blue)
     assert all(c.endswith('on a blue background') for c in blue)
     assert 0 < sum('background' in c for c in white) < 100
@@ -95,26 +143,75 @@ def test_compose():
     "Without a matrix a picture is laid on its colour, pixel for pixel."
     rgba = torch.zeros(1, 4, 8, 8, dtype=torch.uint8)
     rgba[:, 0, :4], rgba[:, 3, :4] = 255, 255
-    pixels = data.compose(rgba, torch.tensor([[0., 0., 1.]]))
+    pixels = compose(rgba, torch.tensor([[0., 0., 1.]]))
     assert torch.equal(pixels[0, :, 0, 0], torch.tensor([1., -1., -1.])) and torch.equal(pixels[0, :, 7, 7], torch.tensor([-1., -1., 1.]))
 
 
-def test_changed_package_is_refused(tmp_path, monkeypatch):
-    "A package whose checksum differs from the recorded one is removed, and nothing is built from it."
-    monkeypatch.setattr(data, 'WORK', tmp_path)
-    folder = tmp_path/'packages'/'some-1.0'
-    folder.mkdir(parents=True)
-    (folder/'some.tgz').write_bytes(b'not what was recorded')
-    with pytest.raises(ValueError, match='checksum'): data.fetch('some', '1.0', 'sha512-' + 'A'*86 + '==')
-    assert not list(folder.iterdir())
+@pytest.mark.parametrize('n', [0, 100_000])
+def test_number_of_things(n):
+    with pytest.raises(ValueError, match=f'n={n}'): things(n)
 
 
-def test_too_many_things():
-    with pytest.raises(ValueError, match='things=100000'): data.things(100000)
+# The whole of it, in small -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    "Every command of the recipe, a few steps each, on three things: the folder that they work in, and the package that is put together."
+    from tools.training import assemble
+    from tools.training.tokenizer import save_tokenizer
+    root = tmp_path_factory.mktemp('recipe')
+    work, package = root/'artifacts', root/'package'
+    write_drawings([d for d in drawings() if d.thing in things(3)], work/'pictures.zip')
+
+    def command(module, *options):
+        args = [sys.executable, '-m', f'sd_deepdive.training.{module}', '--folder', work, *map(str, options)]
+        done = subprocess.run(args, env=ENV, cwd=root, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout + done.stderr
+    said = [command('autoencoder', '--crop-steps', 2, '--steps', 1), command('clip', '--steps', 2, '--batch', 8), command('clip', '--judge', '--steps', 1, '--batch', 8),
+            command('diffusion', '--stages', '2:2 3:4', '--batch', 4, '--every', 2)]
+    pairs = (embedded_folder()/'tokenizer'/'merges.txt').read_text().splitlines()[1:]
+    new = work/'embedded.new'
+    assemble.save_pipeline(work, new, pairs)
+    (new/'README.md').write_text(assemble.card(work))
+    package.mkdir()
+    assemble.replace(new, package/'embedded')
+    assemble.save_data(work, package/'data')
+    said.append(command('quality', '--model', package/'embedded', '--captions', 2))
+    return work, package, said
 
 
-def test_held_out_file_is_what_the_rule_gives():
-    "The committed file was drawn by the rule in the code, not by hand."
-    names = [e for e in json.loads(data.HELD_OUT.read_text())['drawn']]
-    assert names == [list(p) for p in data.choose_held_out(
-        [dict(thing=f'other {i}', style=s) for i in range(60) for s in data.STYLES])['drawn']]
+def test_commands(trained):
+    "Each step reports what it should, and leaves what the next one needs."
+    work, _, (autoencoder, text, judge, diffusion, quality) = trained
+    assert 'PSNR of' in autoencoder and 'held-out' in text and '3 things, caption gap' in diffusion and 'held-out pairs' in quality
+    for name in ('autoencoder/round_trips.png', 'text/record.json', 'judge/picture_tower.safetensors', 'diffusion/sheet-000004.png', 'quality.json'):
+        assert (work/name).stat().st_size > 100, name
+    assert not list(work.rglob('*.part'))
+
+
+def test_assembled(trained):
+    "The folder loads as a model and draws; tokenizer files are those of the shipped one; the card names things, licences and records."
+    _, package, _ = trained
+    assert text_to_image(load_pipeline(package/'embedded', device='cpu'), 'a rocket', num_inference_steps=2)[0].size == (128, 128)
+    for name in ('vocab.json', 'merges.txt'):
+        assert (package/'embedded'/'tokenizer'/name).read_bytes() == (embedded_folder()/'tokenizer'/name).read_bytes()
+    card = (package/'embedded'/'README.md').read_text()
+    for words in (*things(3), 'CC-BY-4.0', 'Apache-2.0', '"crop_steps": 2', '$'):
+        assert (words in card) == (words != '$'), words
+    assert len(read_drawings(package/'data'/'pictures.zip')) == sum(d.thing in things(3) for d in drawings())
+    for tower in ('picture_tower', 'judge'):
+        assert load_clip(tower=package/'data'/f'{tower}.safetensors').picture(torch.zeros(1, 3, 64, 64)).isfinite().all()
+
+
+def test_no_data(tmp_path):
+    "Without the set, a command says how to get it."
+    done = subprocess.run([sys.executable, '-m', 'sd_deepdive.training.diffusion', '--folder', tmp_path], env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and 'make data' in done.stderr.splitlines()[-1]
+
+
+def test_text_needs_one_process(tmp_path):
+    "The contrastive loss compares each text with the whole batch."
+    run = shutil.which('torchrun', path=os.path.dirname(sys.executable))
+    done = subprocess.run([run, '--nproc-per-node', '2', '--master-port', free_port(), '-m', 'sd_deepdive.training.clip', '--folder', tmp_path], env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode and 'Start one process' in done.stderr

@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/training_loop.html.md"""
 # %% auto #0
 __all__ = ['accelerator', 'step_generator', 'share', 'Trainer', 'save_whole', 'kept', 'save_sheet']
 
-# %% ../../nbs/00_training_loop.ipynb #0c96c198
+# %% ../../nbs/00_training_loop.ipynb #fb78ca93
 import math
 import os
 from accelerate import Accelerator
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch, store_attr
 from pathlib import Path
+from pickle import UnpicklingError
 import torch
 from ..images import image_grid
 from ..latents import make_img
@@ -99,17 +100,17 @@ def save(self: Trainer) -> None:
     state = {name: part.state_dict() for name, part in kept(self).items()}
     save_whole(self.folder/'checkpoint.pt', state | dict(losses=torch.tensor(self.losses)))
 
-# %% ../../nbs/00_training_loop.ipynb #13576d60
+# %% ../../nbs/00_training_loop.ipynb #bf579dc5
 @patch
 def load(self: Trainer) -> None:
-    "Go on from the checkpoint in the folder, if there is one. ValueError if it is of another network."
+    "Go on from the checkpoint in the folder, if there is one. ValueError if it is not of this network."
     file = self.folder and self.folder/'checkpoint.pt'
     if not file or not file.exists(): return
-    state = torch.load(file, map_location='cpu', weights_only=True)
     try:
+        state = torch.load(file, map_location='cpu', weights_only=True)
         for name, part in kept(self).items(): part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError) as e:
-        raise ValueError(f'{file} is of another network: {str(e).splitlines()[0]} '
+    except (RuntimeError, ValueError, KeyError, UnpicklingError) as e:
+        raise ValueError(f'{file} is no checkpoint of this network: {str(e).splitlines()[0]} '
                          'Give another folder, or remove the file.') from None
     self.losses = state['losses'].tolist()
     self.ema.to(self.acc.device)

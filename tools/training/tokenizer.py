@@ -1,27 +1,34 @@
 """The tokenizer of Stable Diffusion 1.x, CLIP's byte-pair encoding with 49408 ids, from the list of merges alone."""
-import gzip, json, tomllib, zipfile
+import gzip
+import json
+import zipfile
 from pathlib import Path
+
 from transformers import CLIPTokenizer
-from . import data
+
+from sd_deepdive.training.sources import fetch, sources
 
 VOCABULARY, START, END = 49408, '<|startoftext|>', '<|endoftext|>'
+
 
 def byte_characters() -> list[str]:
     "One printable character for each byte: printable Latin-1 stands for itself, the others follow from code point 256 on."
     printable = [*range(ord('!'), ord('~')+1), *range(ord('¡'), ord('¬')+1), *range(ord('®'), ord('ÿ')+1)]
     return [chr(b) for b in printable] + [chr(256+i) for i in range(256-len(printable))]
 
-def merges() -> list[str]:
+
+def merges(packages: Path) -> list[str]:
     "The pairs that are joined, most frequent first: as many as the vocabulary has room for."
-    wheel = data.fetch(**tomllib.loads((data.HERE/'sources.toml').read_text())['tokenizer'])
+    wheel = fetch(**sources()['tokenizer'], folder=packages)
     with zipfile.ZipFile(wheel) as z:
         lines = gzip.decompress(z.read('open_clip/bpe_simple_vocab_16e6.txt.gz')).decode().split('\n')
     return lines[1:VOCABULARY - 512 - 2 + 1]
 
-def save_tokenizer(folder: Path) -> CLIPTokenizer:
+
+def save_tokenizer(folder: Path, pairs: list[str]) -> CLIPTokenizer:
     "Write vocab.json, merges.txt and the configuration, as a Stable Diffusion checkpoint has them; return what loads from there."
     folder.mkdir(parents=True, exist_ok=True)
-    pairs, alphabet = merges(), byte_characters()
+    alphabet = byte_characters()
     tokens = alphabet + [c+'</w>' for c in alphabet] + [''.join(p.split()) for p in pairs] + [START, END]
     (folder/'vocab.json').write_text(json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False, separators=(',', ':')))
     (folder/'merges.txt').write_text('#version: 0.2\n' + '\n'.join(pairs) + '\n')
