@@ -27,14 +27,14 @@ from pathlib import Path
 from diffusers import UNet2DConditionModel
 from sd_deepdive.drawings import drawings
 from sd_deepdive.training.diffusion import Prepared, diffusion_batches, noise_loss
-from sd_deepdive.training.loop import Trainer, save_whole
-folder, steps = Path(sys.argv[1]), int(sys.argv[2])
+from sd_deepdive.training.loop import Trainer, accelerator, save_whole
+folder, steps, acc = Path(sys.argv[1]), int(sys.argv[2]), accelerator(*sys.argv[3:])
 g, some = torch.Generator().manual_seed(0), drawings('red apple')
 ready = Prepared(some, torch.randn(len(some), 13, 4, 8, 8, generator=g), torch.randn(len(some), 30, 77, 16, generator=g), torch.randn(77, 16, generator=g))
 torch.manual_seed(0)
 unet = UNet2DConditionModel(sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4,
                             down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D'])
-trainer = Trainer(unet, steps, 1e-3, folder, warmup=5)
+trainer = Trainer(unet, steps, 1e-3, folder, acc, warmup=5)
 losses = trainer.fit(diffusion_batches(ready, [(1, steps)], batch=8), noise_loss(torch.linspace(.999, .005, 1000)), every=5)
 if trainer.acc.is_main_process: save_whole(folder/'end.pt', dict(weights=unet.state_dict(), losses=torch.tensor(losses), processes=trainer.acc.num_processes))
 '''
@@ -77,6 +77,14 @@ def test_two_processes(script, unbroken, tmp_path):
     assert (two['losses'] - unbroken['losses']).abs().max() < 1e-4
     assert max((two['weights'][k] - w).abs().max() for k, w in unbroken['weights'].items()) < 1e-3
     assert (unbroken['losses'] - unbroken['losses'].roll(1)).abs().max() > 1e-2, 'the losses of two steps differ by more'
+
+
+def test_half_precision(script, unbroken, tmp_path):
+    "In bf16 the losses are nearly those of single precision, and the weights stay single."
+    subprocess.run([sys.executable, script, tmp_path, '40', 'bf16'], env=ENV, cwd=ROOT, check=True, capture_output=True)
+    half = end(tmp_path)
+    assert 0 < (half['losses'] - unbroken['losses']).abs().max() < .05
+    assert {w.dtype for w in half['weights'].values()} == {torch.float32}
 
 
 def test_killed(script, unbroken, tmp_path):
@@ -158,7 +166,6 @@ def test_number_of_things(n):
 def trained(tmp_path_factory):
     "Every command of the recipe, a few steps each, on three things: the folder that they work in, and the package that is put together."
     from tools.training import assemble
-    from tools.training.tokenizer import save_tokenizer
     root = tmp_path_factory.mktemp('recipe')
     work, package = root/'artifacts', root/'package'
     write_drawings([d for d in drawings() if d.thing in things(3)], work/'pictures.zip')
