@@ -20,7 +20,7 @@ from ..drawings import Drawing
 from .sources import recipe, sources
 from torch import Tensor
 
-# %% ../../nbs/18_pictures_and_captions.ipynb #89f990d4
+# %% ../../nbs/18_pictures_and_captions.ipynb #d934662e
 @cache
 def styles() -> tuple[str, ...]:
     "The styles that the model is trained on."
@@ -30,13 +30,13 @@ def styles() -> tuple[str, ...]:
 def things(
     n: int | None = None,   # default: all
 ) -> tuple[str, ...]:
-    "The first `n` things that the model learns to draw; the order is that of learning. ValueError for too many."
+    "The first `n` things that the model learns to draw, in the order of learning. ValueError for too many."
     names = recipe('things.txt').splitlines()
     if n is not None and not 1 <= n <= len(names):
         raise ValueError(f'n={n}: there are {len(names)} things. Give a number from 1 to {len(names)}.')
     return tuple(names[:n])
 
-# %% ../../nbs/18_pictures_and_captions.ipynb #af922abf
+# %% ../../nbs/18_pictures_and_captions.ipynb #2d58be68
 def stack(
     drawings: Sequence[Drawing],
 ) -> Tensor:
@@ -44,8 +44,9 @@ def stack(
     ValueError for none, or for two sizes. Porter and Duff 1984, section 3."""
     sizes = {d.image.size for d in drawings}
     if len(sizes)!=1:
-        raise ValueError(f'drawings have the sizes {sorted(sizes)}. Give at least one drawing, and all of one size.')
-    return torch.stack([torch.from_numpy(np.array(d.image.convert('RGBa'))) for d in drawings]).permute(0, 3, 1, 2)
+        raise ValueError(f'drawings have the sizes {sorted(sizes)}. Give at least one, and all of one size.')
+    pixels = [torch.from_numpy(np.array(d.image.convert('RGBa'))) for d in drawings]
+    return torch.stack(pixels).permute(0, 3, 1, 2)
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #19e4dcda
 BACKGROUNDS = dict(white=(255, 255, 255), black=(20, 20, 20), gray=(150, 150, 150), red=(220, 50, 50),
@@ -57,25 +58,26 @@ def palette() -> Tensor:
     "The backgrounds (10, 3), 0 to 1."
     return torch.tensor([*BACKGROUNDS.values()])/255
 
-# %% ../../nbs/18_pictures_and_captions.ipynb #fe123c67
+# %% ../../nbs/18_pictures_and_captions.ipynb #add85653
 def _check_shapes(rgba: Tensor, colours: Tensor, matrix: Tensor | None) -> None:
     "ValueError if they do not belong together."
     if rgba.ndim!=4 or rgba.shape[1]!=4 or rgba.dtype!=torch.uint8:
-        raise ValueError(f'rgba is {tuple(rgba.shape)}, {rgba.dtype}. Give bytes (B, 4, H, W), as `stack` makes them.')
+        raise ValueError(f'rgba is {tuple(rgba.shape)}, {rgba.dtype}. Give bytes (B, 4, H, W), from `stack`.')
     n = len(rgba)
     if colours.shape!=(n, 3):
-        raise ValueError(f'colours has shape {tuple(colours.shape)}. Give ({n}, 3): a colour for each drawing.')
+        raise ValueError(f'colours has shape {tuple(colours.shape)}. Give ({n}, 3), one for each drawing.')
     if matrix is not None and matrix.shape!=(n, 2, 3):
-        raise ValueError(f'matrix has shape {tuple(matrix.shape)}. Give ({n}, 2, 3): one for each drawing.')
+        raise ValueError(f'matrix has shape {tuple(matrix.shape)}. Give ({n}, 2, 3), one for each drawing.')
 
-# %% ../../nbs/18_pictures_and_captions.ipynb #0f735280
+# %% ../../nbs/18_pictures_and_captions.ipynb #8c4662d5
 def compose(
     rgba: Tensor,                  # from `stack`: (B, 4, H, W)
     colours: Tensor,               # (B, 3), 0 to 1
     matrix: Tensor | None = None,  # (B, 2, 3): where each pixel comes from; default: its own place
     size: int | None = None,       # pixels along a side; default: that of the drawings
 ) -> Tensor:
-    "Drawings on their colours: pixels (B, 3, size, size), -1 to 1. ValueError for other shapes. Porter and Duff 1984, 'over'."
+    """Drawings on their colours, 'over' of Porter and Duff 1984: pixels (B, 3, size, size), -1 to 1.
+    ValueError for other shapes."""
     _check_shapes(rgba, colours, matrix)
     x = rgba.float()/255
     if matrix is None and size: matrix = torch.eye(2, 3).to(x).expand(len(x), 2, 3)
@@ -120,26 +122,27 @@ def article(
     "The thing with a or an before it."
     return f'an {thing}' if thing[0] in 'aeiou' else f'a {thing}'
 
-# %% ../../nbs/18_pictures_and_captions.ipynb #f6ed15c7
+# %% ../../nbs/18_pictures_and_captions.ipynb #6836a052
 def ways(
     drawing: Drawing,
     keyword: str | None = None,   # one of its keywords
 ) -> dict[str, int]:
     "The ways to name a drawing, and how often each is taken. The background is not in them."
     thing, style = drawing.thing, drawing.style
-    said = {f'{thing}, {style} style': 40, f'{article(thing)}, {style} style': 20, article(thing): 8, thing: 4,
-            f'a {style} emoji of {article(thing)}': 10, f'{style} style, {thing}': 6}
+    said = {f'{thing}, {style} style': 40, f'{article(thing)}, {style} style': 20,
+            article(thing): 8, thing: 4, f'a {style} emoji of {article(thing)}': 10,
+            f'{style} style, {thing}': 6}
     return said | ({f'{thing}, {keyword}, {style} style': 12} if keyword else {})
 
-# %% ../../nbs/18_pictures_and_captions.ipynb #01f045de
+# %% ../../nbs/18_pictures_and_captions.ipynb #9d07a90f
 def caption(
     drawing: Drawing,
     background: str,      # its name, one of `BACKGROUNDS`
     rng: random.Random,
 ) -> str:
-    "One of the ways to name a picture; with its background, unless that is white. ValueError for an unknown background."
+    "One of the ways to name a picture, its background said unless white. ValueError for an unknown one."
     if background not in BACKGROUNDS:
-        raise ValueError(f'background={background!r} has no name here. Give one of: {", ".join(BACKGROUNDS)}.')
+        raise ValueError(f'background={background!r} is not known. Give one of: {", ".join(BACKGROUNDS)}.')
     said = ways(drawing, rng.choice(drawing.keywords) if drawing.keywords else None)
     words = rng.choices([*said], [*said.values()])[0]
     silent = background=='white' and rng.random() < .85

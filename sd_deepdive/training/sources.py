@@ -44,7 +44,7 @@ def sources() -> dict:
     "The packages, by what they are for: `pictures` (a list, one for each style), `names`, `tokenizer`."
     return tomllib.loads(recipe('sources.toml'))
 
-# %% ../../nbs/00_sources.ipynb #2ccbe1ea
+# %% ../../nbs/00_sources.ipynb #83b849ca
 def client(
     package: str,
     version: str,
@@ -53,13 +53,14 @@ def client(
 ) -> list[str]:
     "The command that fetches a package into a folder. FileNotFoundError if its client is not installed."
     npm = ['npm', 'pack', '--silent', '--pack-destination', str(folder), f'{package}@{version}']
-    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder), f'{package}=={version}']
+    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder),
+           f'{package}=={version}']
     command = npm if kind=='sha512' else pip
     if not shutil.which(command[0]):
         raise FileNotFoundError(f'{command[0]} is not installed: it fetches {package} from its registry.')
     return command
 
-# %% ../../nbs/00_sources.ipynb #9d994e27
+# %% ../../nbs/00_sources.ipynb #72cd1f9d
 def fetch(
     package: str,
     version: str,
@@ -77,9 +78,10 @@ def fetch(
     found = hashlib.new(kind, file.read_bytes())
     if digest in (found.hexdigest(), base64.b64encode(found.digest()).decode()): return file
     file.unlink()
-    raise ValueError(f'{package} {version}: the checksum is not the recorded {integrity}. The file was removed; run again.')
+    raise ValueError(f'{package} {version}: the checksum is not the recorded {integrity}. '
+                     'The file was removed; run again.')
 
-# %% ../../nbs/00_sources.ipynb #e56c01b1
+# %% ../../nbs/00_sources.ipynb #f3def276
 GROUPS = {0, 3, 4, 5, 6, 7, 8}    # of the table: no people, no flags
 
 def ascii_words(text: str) -> str:
@@ -92,7 +94,8 @@ def letters(name: str) -> str:
 
 def plain_name(text: str) -> str:
     "A name as captions use it."
-    return re.sub(r'\s+', ' ', re.sub(r'[:()]', ' ', ascii_words(text))).strip().replace('deciduous tree', 'tree')
+    words = re.sub(r'\s+', ' ', re.sub(r'[:()]', ' ', ascii_words(text))).strip()
+    return words.replace('deciduous tree', 'tree')
 
 def code_point(code: str) -> str:
     "A code point in lower case, without the mark that asks for colour."
@@ -163,7 +166,7 @@ def rasterise(
     page.paste(picture, [(size - s)//2 for s in picture.size])
     return page
 
-# %% ../../nbs/00_sources.ipynb #e0c1d2c1
+# %% ../../nbs/00_sources.ipynb #c2108fed
 @cache
 def held_out_pairs() -> frozenset[tuple[str, str]]:
     "The (thing, style) pairs that no network of the model is trained on."
@@ -180,7 +183,8 @@ def drawings_of(
     found = {}
     for e, drawing in read(fetch(**source, folder=packages), by_code): found.setdefault(e['code'], drawing)
     with ProcessPoolExecutor() as pool:
-        images = [*tqdm(pool.map(rasterise, found.values(), chunksize=32), total=len(found), desc=source['style'], delay=2)]
+        drawn = pool.map(rasterise, found.values(), chunksize=32)
+        images = [*tqdm(drawn, total=len(found), desc=source['style'], delay=2)]
     unseen = lambda thing: source.get('kept_back', False) or (thing, source['style']) in held_out_pairs()
     return [Drawing(e['thing'], source['style'], e['keywords'], unseen(e['thing']), image)
             for e, image in zip(map(by_code.get, found), images) if image]
