@@ -9,7 +9,7 @@ __all__ = ['CONFIG', 'Block', 'PictureTower', 'Clip', 'token_ids', 'contrastive_
            'clip_batches', 'seen', 'clip_loss', 'named_right', 'clip_report', 'clip_scores', 'zero_unused', 'save_text',
            'train_text']
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #63ef13c2
+# %% ../../nbs/20_text_meets_pictures.ipynb #2034b60a
 import json
 import math
 import random
@@ -22,6 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors.torch import load_file, save_file
 from ..drawings import Drawing, read_drawings
+from ..models import _quiet as quiet
 from ..places import embedded_folder
 from .data import BACKGROUNDS, caption, compose, palette, placings, stack, styles, things
 from .loop import Trainer, accelerator
@@ -38,9 +39,10 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor: return x + self.body(x)
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #bb336f95
+# %% ../../nbs/20_text_meets_pictures.ipynb #3e6a2c55
 class PictureTower(nn.Module):
-    "Pictures (B, 3, H, W), -1 to 1, to vectors (B, width). For each of `channels`: halve the side, then a block."
+    """Pictures (B, 3, H, W), -1 to 1, to vectors (B, width), not yet of length 1.
+    For each of `channels`: halve the side, then a block. ValueError for what is no batch of pictures."""
     def __init__(self,
         width: int = 128,                                # numbers of a vector
         side: int = 64,                                  # pictures are brought to this size
@@ -53,20 +55,18 @@ class PictureTower(nn.Module):
         self.body = nn.Sequential(*steps, nn.GroupNorm(8, channels[-1]), nn.SiLU(), nn.Flatten())
         self.head = nn.Linear(channels[-1]*(side >> len(channels))**2, width)
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #12713eb1
-@patch
-def forward(self: PictureTower, pixels: Tensor) -> Tensor:
-    "The vectors, not yet of length 1. ValueError for what is no batch of pictures."
-    if pixels.ndim!=4 or pixels.shape[1]!=3:
-        raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give a batch of pictures, (B, 3, H, W).')
-    if pixels.shape[-2:]!=(self.side, self.side): pixels = F.interpolate(pixels, (self.side, self.side), mode='area')
-    return self.head(self.body(pixels))
+    def forward(self, pixels: Tensor) -> Tensor:
+        if pixels.ndim!=4 or pixels.shape[1]!=3:
+            raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give a batch of pictures, (B, 3, H, W).')
+        size = self.side, self.side
+        if pixels.shape[-2:]!=size: pixels = F.interpolate(pixels, size, mode='area')
+        return self.head(self.body(pixels))
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #d9eecba2
+# %% ../../nbs/20_text_meets_pictures.ipynb #f3023078
 # The shape of Stable Diffusion 1.x's text encoder in small.
-CONFIG = dict(vocab_size=49408, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-              max_position_embeddings=77, hidden_act='quick_gelu', projection_dim=128, bos_token_id=49406,
-              eos_token_id=49407, pad_token_id=49407)
+CONFIG = dict(vocab_size=49408, hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+              num_attention_heads=4, max_position_embeddings=77, hidden_act='quick_gelu', projection_dim=128,
+              bos_token_id=49406, eos_token_id=49407, pad_token_id=49407)
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #0d2134fd
 class Clip(nn.Module):
@@ -119,28 +119,29 @@ def contrastive_loss(
     right = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().T, right))/2
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #2f5b7885
+# %% ../../nbs/20_text_meets_pictures.ipynb #cdc03fd5
 def save_tower(
     model: Clip,
     path: Path,
 ) -> None:
     "Everything but the text encoder, in half precision: picture tower, projection, temperature."
-    rest = {name: w.half().contiguous() for name, w in model.state_dict().items() if not name.startswith('text.')}
+    rest = {name: w.half() for name, w in model.state_dict().items() if not name.startswith('text.')}
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file(rest, path)
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #5969c714
+# %% ../../nbs/20_text_meets_pictures.ipynb #b06d3741
 def load_clip(
     text: CLIPTextModel | None = None,   # default: that of the embedded model
     tower: Path | None = None,           # from `save_tower`; default: the one that ships with the course
 ) -> Clip:
     "The pair that was trained together, in single precision. ValueError for a file of something else."
-    model = Clip(text or CLIPTextModel.from_pretrained(embedded_folder()/'text_encoder').float())
+    with quiet(): text = text or CLIPTextModel.from_pretrained(embedded_folder()/'text_encoder').float()
+    model = Clip(text)
     file = Path(tower or str(files('sd_deepdive')/'data'/'picture_tower.safetensors'))
     weights = load_file(file)
     rest = {name for name in model.state_dict() if not name.startswith('text.')}
     if rest!=weights.keys():
-        raise ValueError(f'tower={file.name!r} is not the file of a picture tower. Give one that save_tower wrote.')
+        raise ValueError(f'tower={file.name!r} is no picture tower. Give a file that save_tower wrote.')
     model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=False)
     return model.eval()
 
@@ -188,14 +189,14 @@ def seen(
     soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
     return torch.lerp(pixels, soft, blur[:, None, None, None])
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #2b88b516
+# %% ../../nbs/20_text_meets_pictures.ipynb #5d4e64b9
 def clip_loss(
     model: Clip,
     ids: Tensor,        # (B, 77)
     **drawn: Tensor,    # rgba, colours, matrix and blur: for `seen`
 ) -> Tensor:
     "The contrastive loss of a batch."
-    ends = (ids==ids[0, -1]).int().argmax(1)      # attention is causal: nothing after the last end can change it
+    ends = (ids==ids[0, -1]).int().argmax(1)    # causal: what follows the last end changes nothing
     return contrastive_loss(model(ids[:, :1 + ends.max()], seen(**drawn)))
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #05708ad8
@@ -215,14 +216,14 @@ def named_right(
     best = (pictures @ texts.T).argmax(1).tolist()
     return [drawings[b].thing==d.thing for b, d in zip(best, drawings)], [b==n for n, b in enumerate(best)]
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #db494efc
+# %% ../../nbs/20_text_meets_pictures.ipynb #38850f52
 def clip_report(
     tokenizer: CLIPTokenizer,
     drawings: Sequence[Drawing],
     rgba: Tensor,                  # of the drawings (N, 4, H, W)
     log: list | None = None,       # gets (step, four shares), if given
 ) -> Callable:
-    "`report` for `Trainer.fit`: how many things and captions are found, of drawings trained on and of those held out."
+    "`report` for `Trainer.fit`: how many things and captions are found, of drawings seen and held out."
     def share(hits, held):
         of = [hit for hit, d in zip(hits, drawings) if d.held_out==held]
         return sum(of)/max(1, len(of))
@@ -233,7 +234,7 @@ def clip_report(
         return 'thing {:.0%}, caption {:.0%}; held out {:.0%}, {:.0%}'.format(*shares)
     return report
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #b64559a4
+# %% ../../nbs/20_text_meets_pictures.ipynb #a16b9303
 @torch.no_grad()
 def clip_scores(
     model: Clip,
@@ -241,7 +242,7 @@ def clip_scores(
     pixels: Tensor,            # (B, 3, H, W), -1 to 1; beyond that it is cut off
     captions: Sequence[str],   # one for each picture
 ) -> Tensor:
-    """How well each picture fits its caption: cosines (B,). ValueError for more captions than pictures, or fewer.
+    """How well each picture fits its caption: cosines (B,). ValueError unless there is one for each.
     Hessel et al. 2021, arXiv:2104.08718, section 3, without the factor."""
     if isinstance(captions, str) or len(captions)!=len(pixels):
         raise ValueError(f'{len(pixels)} pictures, captions={captions!r}. Give a list, one for each picture.')
@@ -249,34 +250,34 @@ def clip_scores(
     pictures = model.embed_picture(pixels.to(device, torch.float32).clamp(-1, 1))
     return (pictures*model.embed_text(token_ids(tokenizer, captions).to(device))).sum(1).cpu()
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #d904fc22
+# %% ../../nbs/20_text_meets_pictures.ipynb #6a9f7e82
 @torch.no_grad()
 def zero_unused(
     text: CLIPTextModel,        # is changed in place
     tokenizer: CLIPTokenizer,
     texts: Sequence[str],       # every caption, or their words
 ) -> int:
-    "Set the rows of words that no text uses to zero: they were never trained. The number of rows kept is returned."
+    "Set the rows of words that no text uses, never trained, to zero. The number of rows kept is returned."
     used = {i for ids in tokenizer([*texts]).input_ids for i in ids}
     table = text.get_input_embeddings().weight
     table[[i for i in range(len(table)) if i not in used]] = 0
     return len(used)
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #75f21784
+# %% ../../nbs/20_text_meets_pictures.ipynb #a1339bbe
 def save_text(
     model: Clip,
     tokenizer: CLIPTokenizer,
     drawings: Sequence[Drawing],   # whose words are kept
     folder: Path,
 ) -> int:
-    "Save a trained pair: `text_encoder` and `picture_tower.safetensors`. The number of token rows kept is returned."
+    "Save a trained pair as `text_encoder` and `picture_tower.safetensors`. The number of token rows kept is returned."
     words = [' '.join([d.thing, d.style, *d.keywords]) for d in drawings]
     kept = zero_unused(model.text, tokenizer, [*words, *BACKGROUNDS, 'a an style emoji of on background ,'])
     model.text.save_pretrained(folder/'text_encoder')
     save_tower(model, folder/'picture_tower.safetensors')
     return kept
 
-# %% ../../nbs/20_text_meets_pictures.ipynb #3e056d9f
+# %% ../../nbs/20_text_meets_pictures.ipynb #8b7db354
 @call_parse
 def train_text(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the network goes to `text`, or to `judge`
@@ -300,11 +301,13 @@ def train_text(
     rgba = shrunk(stack(drawn), model.picture.side)
     use = [i for i, d in enumerate(drawn) if judge or not d.held_out]
     ours = [i for i, d in enumerate(drawn) if d.thing in things()]
-    trainer = Trainer(model, steps, lr, out, acc, int(judge), warmup=30, decay=.5, weight_decay=.05, ema_decay=.98)
+    rates = dict(warmup=30, decay=.5, weight_decay=.05, ema_decay=.98)
+    trainer = Trainer(model, steps, lr, out, acc, int(judge), **rates)
     trainer.fit(clip_batches([drawn[i] for i in use], rgba[use], tokenizer, batch, favour), clip_loss,
                 clip_report(tokenizer, [drawn[i] for i in ours], rgba[ours]), every=50)
     kept = save_text(model, tokenizer, drawn, out)
-    (out/'record.json').write_text(json.dumps(dict(steps=steps, pairs=steps*batch, pictures=len(use), tokens=kept)))
+    record = dict(steps=steps, pairs=steps*batch, pictures=len(use), tokens=kept)
+    (out/'record.json').write_text(json.dumps(record))
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #c73ade84
 if __name__=='__main__': train_text()
