@@ -22,10 +22,10 @@ from .data import compose, palette, placings, stack, styles
 from .loop import Trainer, accelerator, save_sheet
 from torch import Tensor, nn
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #c2567a07
+# %% ../../nbs/19_training_the_autoencoder.ipynb #5bf9e338
 # The shape of Stable Diffusion 1.x's autoencoder in small: 8 pixels to one latent, 4 channels.
-CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=128, block_out_channels=(16, 32, 64, 96),
-              layers_per_block=1, norm_num_groups=8, down_block_types=['DownEncoderBlock2D']*4,
+CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=128,
+              block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8, down_block_types=['DownEncoderBlock2D']*4,
               up_block_types=['UpDecoderBlock2D']*4)
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #a30f733f
@@ -44,14 +44,14 @@ class RoundTrip(nn.Module):
         decoded = self.vae.decode(latents.mean + latents.std*noise).sample
         return decoded.float(), latents.mean.float(), latents.logvar.float()
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #1cd978a0
+# %% ../../nbs/19_training_the_autoencoder.ipynb #2173481b
 def _alike(
     y: Tensor,
     x: Tensor,
 ) -> None:
     "ValueError if two batches of pictures have different shapes."
     if y.ndim!=4 or y.shape!=x.shape:
-        raise ValueError(f'y has shape {tuple(y.shape)}, x {tuple(x.shape)}: give two batches of one shape (N, 3, H, W).')
+        raise ValueError(f'y has shape {tuple(y.shape)}, x {tuple(x.shape)}: give two batches of one shape.')
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #398d341d
 def edges(
@@ -60,37 +60,44 @@ def edges(
     "Differences between neighbours, downwards (B, C, H - 1, W) and to the right (B, C, H, W - 1)."
     return x.diff(dim=-2), x.diff(dim=-1)
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #4dba0348
+# %% ../../nbs/19_training_the_autoencoder.ipynb #4329a95a
 def reconstruction_loss(
     y: Tensor,   # pixels that came back (B, 3, H, W), H and W at least 2
     x: Tensor,   # pixels as they were
 ) -> Tensor:
-    "Mean of |y - x|, of its square, and of the difference of the edges, at full and at half size. ValueError for two shapes."
+    "Mean of |y - x|, of its square, of the difference of the edges at two sizes. ValueError for two shapes."
     _alike(y, x)
     sharp = sum((a - b).abs().mean() for scale in (1, 2)
                 for a, b in zip(edges(F.avg_pool2d(y, scale)), edges(F.avg_pool2d(x, scale))))
     return (y - x).abs().mean() + (y - x).square().mean() + sharp/2
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #6cbd0672
+# %% ../../nbs/19_training_the_autoencoder.ipynb #9b3a38d4
 def kl_divergence(
     mean: Tensor,     # of each latent, any shape
     logvar: Tensor,   # logarithm of its variance, the same shape
 ) -> Tensor:
-    "How far normal distributions are from the standard one, the mean over latents. Kingma and Welling 2013, appendix B."
+    "How far latents are from the standard normal distribution: the mean. Kingma and Welling 2013, appendix B."
     return (mean.square() + logvar.exp() - 1 - logvar).mean()/2
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #2a15c6a6
+# %% ../../nbs/19_training_the_autoencoder.ipynb #9df581b3
+def _drawings(rgba: Tensor) -> None:
+    "ValueError for what are no drawings of `stack`."
+    n, channels, height, width = rgba.shape if rgba.ndim==4 else (0,)*4
+    if rgba.dtype!=torch.uint8 or not n or channels!=4 or height!=width or width%16:
+        raise ValueError(f'rgba is {rgba.dtype} of shape {tuple(rgba.shape)}. Give square drawings as bytes, '
+                         '(N, 4, S, S), S a multiple of 16: stack makes them.')
+
+# %% ../../nbs/19_training_the_autoencoder.ipynb #499ef6c8
 def autoencoder_batches(
     rgba: Tensor,         # the drawings (N, 4, S, S), bytes, from `stack`
     crop_steps: int,      # at first, crops of half the side
     crop_batch: int = 16,
     batch: int = 8,       # of whole pictures
 ) -> Callable:
-    "`draw` for `Trainer.fit`. Half of the backgrounds are white, the others near a named colour. ValueError for no drawings."
-    if rgba.dtype!=torch.uint8 or rgba.ndim!=4 or rgba.shape[1]!=4 or not len(rgba) or rgba.shape[2]!=rgba.shape[3] or rgba.shape[3]%16:
-        raise ValueError(f'rgba is {rgba.dtype} of shape {tuple(rgba.shape)}. Give square drawings as bytes, (N, 4, S, S), '
-                         'S a multiple of 16: stack makes them.')
-    for name, value, least in (('crop_steps', crop_steps, 0), ('crop_batch', crop_batch, 1), ('batch', batch, 1)): whole_number(name, value, least)
+    "`draw` for `Trainer.fit`: half of the backgrounds white, others near a named colour. ValueError for bad input."
+    _drawings(rgba)
+    whole_number('crop_steps', crop_steps, 0)
+    for name, value in dict(crop_batch=crop_batch, batch=batch).items(): whole_number(name, value, 1)
     colours, side = palette(), rgba.shape[-1]
     def draw(g: torch.Generator, step: int) -> dict[str, Tensor]:
         crop = step < crop_steps
@@ -100,10 +107,11 @@ def autoencoder_batches(
         zoom, shift = ((1.7, 2.3), .5) if crop else ((.8, 1.1), .05)
         matrix = placings(g, n, zoom, turn=.15, shift=shift, flip=True)
         return dict(rgba=rgba[torch.randint(len(rgba), (n,), generator=g)], matrix=matrix,
-                    colours=(colours[named] + tint).clamp(0, 1), noise=torch.randn(n, 4, size//8, size//8, generator=g))
+                    colours=(colours[named] + tint).clamp(0, 1),
+                    noise=torch.randn(n, 4, size//8, size//8, generator=g))
     return draw
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #ab09d68c
+# %% ../../nbs/19_training_the_autoencoder.ipynb #b2f59bb8
 def autoencoder_loss(
     model: RoundTrip,
     rgba: Tensor,       # drawings, from `stack`: (B, 4, H, W)
@@ -112,7 +120,7 @@ def autoencoder_loss(
     noise: Tensor,      # (B, 4, h, w): the pictures are made 8h x 8w
     kl_weight: float = 5e-4,
 ) -> Tensor:
-    "Reconstruction, and a little of the divergence: a scalar. Kingma and Welling 2013, eq. 7. ValueError for a weight below 0."
+    "Reconstruction and a little divergence: a scalar. Kingma and Welling 2013, eq. 7. ValueError for a weight < 0."
     if not kl_weight >= 0: raise ValueError(f'kl_weight={kl_weight}: give 0 or more, 5e-4 say.')
     pixels = compose(rgba, colours, matrix, noise.shape[-1]*8).contiguous(memory_format=torch.channels_last)
     y, mean, logvar = model(pixels, noise)
