@@ -22,11 +22,11 @@ from .data import compose, palette, placings, stack, styles
 from .loop import Trainer, accelerator, save_sheet
 from torch import Tensor, nn
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #5bf9e338
+# %% ../../nbs/19_training_the_autoencoder.ipynb #f8535450
 # The shape of Stable Diffusion 1.x's autoencoder in small: 8 pixels to one latent, 4 channels.
 CONFIG = dict(in_channels=3, out_channels=3, latent_channels=4, sample_size=128,
-              block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8, down_block_types=['DownEncoderBlock2D']*4,
-              up_block_types=['UpDecoderBlock2D']*4)
+              block_out_channels=(16, 32, 64, 96), layers_per_block=1, norm_num_groups=8,
+              down_block_types=['DownEncoderBlock2D']*4, up_block_types=['UpDecoderBlock2D']*4)
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #a30f733f
 class RoundTrip(nn.Module):
@@ -71,12 +71,12 @@ def reconstruction_loss(
                 for a, b in zip(edges(F.avg_pool2d(y, scale)), edges(F.avg_pool2d(x, scale))))
     return (y - x).abs().mean() + (y - x).square().mean() + sharp/2
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #9b3a38d4
+# %% ../../nbs/19_training_the_autoencoder.ipynb #b41fead0
 def kl_divergence(
     mean: Tensor,     # of each latent, any shape
     logvar: Tensor,   # logarithm of its variance, the same shape
 ) -> Tensor:
-    "How far latents are from the standard normal distribution: the mean. Kingma and Welling 2013, appendix B."
+    "How far latents are from standard normal ones: the mean. Kingma and Welling 2013, appendix B."
     return (mean.square() + logvar.exp() - 1 - logvar).mean()/2
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #9df581b3
@@ -87,14 +87,14 @@ def _drawings(rgba: Tensor) -> None:
         raise ValueError(f'rgba is {rgba.dtype} of shape {tuple(rgba.shape)}. Give square drawings as bytes, '
                          '(N, 4, S, S), S a multiple of 16: stack makes them.')
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #499ef6c8
+# %% ../../nbs/19_training_the_autoencoder.ipynb #3e3e145e
 def autoencoder_batches(
     rgba: Tensor,         # the drawings (N, 4, S, S), bytes, from `stack`
     crop_steps: int,      # at first, crops of half the side
     crop_batch: int = 16,
     batch: int = 8,       # of whole pictures
 ) -> Callable:
-    "`draw` for `Trainer.fit`: half of the backgrounds white, others near a named colour. ValueError for bad input."
+    "`draw` for `Trainer.fit`: half of the backgrounds white, others coloured. ValueError for bad input."
     _drawings(rgba)
     whole_number('crop_steps', crop_steps, 0)
     for name, value in dict(crop_batch=crop_batch, batch=batch).items(): whole_number(name, value, 1)
@@ -111,7 +111,7 @@ def autoencoder_batches(
                     noise=torch.randn(n, 4, size//8, size//8, generator=g))
     return draw
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #b2f59bb8
+# %% ../../nbs/19_training_the_autoencoder.ipynb #1af16cb1
 def autoencoder_loss(
     model: RoundTrip,
     rgba: Tensor,       # drawings, from `stack`: (B, 4, H, W)
@@ -120,17 +120,17 @@ def autoencoder_loss(
     noise: Tensor,      # (B, 4, h, w): the pictures are made 8h x 8w
     kl_weight: float = 5e-4,
 ) -> Tensor:
-    "Reconstruction and a little divergence: a scalar. Kingma and Welling 2013, eq. 7. ValueError for a weight < 0."
+    "Reconstruction and a little divergence: a scalar. Kingma and Welling 2013, eq. 7. ValueError below 0."
     if not kl_weight >= 0: raise ValueError(f'kl_weight={kl_weight}: give 0 or more, 5e-4 say.')
     pixels = compose(rgba, colours, matrix, noise.shape[-1]*8).contiguous(memory_format=torch.channels_last)
     y, mean, logvar = model(pixels, noise)
     return reconstruction_loss(y, pixels) + kl_weight*kl_divergence(mean, logvar)
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #72d120fc
+# %% ../../nbs/19_training_the_autoencoder.ipynb #abf10c9d
 def _pictures(pixels: Tensor) -> tuple[Tensor, ...]:
     "Pictures in groups of 20. ValueError for another shape."
     if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels) or pixels.shape[2]%8 or pixels.shape[3]%8:
-        raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give (N, 3, H, W), sides in multiples of 8.')
+        raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give (N, 3, H, W), sides multiples of 8.')
     return pixels.split(20)
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #e1b097f1
