@@ -1,5 +1,5 @@
-"""Drop what a saved notebook need not hold: the JPEG that IPython saves beside each PNG, widgets, which nothing answers, and the bytes that a
-PNG can do without. No pixel changes."""
+"""Drop what a saved notebook need not hold: the JPEG that IPython saves beside each PNG, widgets, which nothing answers, progress bars, and the
+bytes that a PNG can do without. No pixel changes."""
 import base64
 
 import oxipng
@@ -11,6 +11,12 @@ def is_widget(out):
     "Whether an output is an explorer: its view, or its text where a view could not be made."
     data = out.get('data', {})
     return any('widget' in kind for kind in data) or ''.join(data.get('text/plain', '')).startswith('VBox(')
+
+
+def is_bar(out):
+    "Whether an output is a progress bar: what tqdm writes where it takes long."
+    text = ''.join(out.get('text', ''))
+    return out.get('name') == 'stderr' and ('it/s' in text or 's/it' in text)
 
 
 def smaller(png):
@@ -25,7 +31,7 @@ for path in nbglob(as_path=True):
     nb = read_nb(path)
     for cell in nb.cells:
         if 'outputs' not in cell: continue
-        cell.outputs = [out for out in cell.outputs if not is_widget(out)]
+        cell.outputs = [out for out in cell.outputs if not is_widget(out) and not is_bar(out)]
         for out in cell.outputs:
             data = out.get('data', {})
             if 'image/png' not in data: continue

@@ -203,6 +203,3 @@ def train_autoencoder(
         autoencoder_batches(rgba[~held], crop_steps), autoencoder_loss, report, every=300)
     if acc.is_main_process:
         _save_autoencoder(vae, white(rgba[~held][::20]), test, out, crop_steps=crop_steps, steps=steps)
-
-# %% ../../nbs/19_training_the_autoencoder.ipynb #3ff4eaca
-if __name__=='__main__': train_autoencoder()

@@ -308,6 +308,3 @@ def train_text(
     kept = save_text(model, tokenizer, drawn, out)
     record = dict(steps=steps, pairs=steps*batch, pictures=len(use), tokens=kept)
     (out/'record.json').write_text(json.dumps(record))
-
-# %% ../../nbs/20_text_meets_pictures.ipynb #c73ade84
-if __name__=='__main__': train_text()

@@ -201,6 +201,3 @@ def make_data(
     drawn = [d for s in sources()['pictures'] for d in drawings_of(s, table, packages)]
     write_drawings(drawn, folder/'pictures.zip')
     print(f'{len(drawn)} pictures of {len({d.thing for d in drawn})} things: {folder/"pictures.zip"}')
-
-# %% ../../nbs/00_sources.ipynb #83e85d98
-if __name__=='__main__': make_data()
