@@ -215,6 +215,3 @@ def merge_lora(network: nn.Module) -> None:
     for name, layer in lora_layers(network).items():
         layer.linear.weight += layer.scale*layer.up.weight @ layer.down.weight
         network.set_submodule(name, layer.linear)
-
-# %% ../../nbs/22_training_a_new_word.ipynb #6c7899c2
-if __name__=='__main__': train_course_word()
