@@ -176,7 +176,7 @@ def trained(tmp_path_factory):
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
     said = [command('autoencoder', '--crop-steps', 2, '--steps', 1), command('clip', '--steps', 2, '--batch', 8), command('clip', '--judge', '--steps', 1, '--batch', 8),
-            command('diffusion', '--stages', '2:2 3:4', '--batch', 4, '--every', 2)]
+            command('diffusion', '--stages', '2:2 3:4', '--batch', 4, '--every', 4)]
     pairs = (embedded_folder()/'tokenizer'/'merges.txt').read_text().splitlines()[1:]
     new = work/'embedded.new'
     assemble.save_pipeline(work, new, pairs)
