@@ -263,6 +263,3 @@ def train_diffusion(
     unet.save_pretrained(folder/'diffusion'/'unet')
     record = dict(stages=stages, batch=batch, pictures_seen=stages[-1][1]*batch, pictures=len(use))
     (folder/'diffusion'/'record.json').write_text(json.dumps(record))
-
-# %% ../../nbs/21_training_the_diffusion_model.ipynb #8cb1ece4
-if __name__=='__main__': train_diffusion()
