@@ -211,6 +211,21 @@ def test_assembled(trained):
         assert load_clip(tower=package/'data'/f'{tower}.safetensors').picture(torch.zeros(1, 3, 64, 64)).isfinite().all()
 
 
+def test_on_the_way(trained, tmp_path):
+    "Weights that were kept on their way come back, in half precision, all of them."
+    from diffusers import UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    from tools.training import on_the_way
+    on_the_way.keep(trained[0], tmp_path/'kept')
+    on_the_way.restore(tmp_path/'back', tmp_path/'kept')
+    for kind, place in ((UNet2DConditionModel, 'diffusion/on-the-way'), (CLIPTextModel, 'text/text_encoder')):
+        was, now = (kind.from_pretrained(folder/place).state_dict() for folder in (trained[0], tmp_path/'back'))
+        assert was.keys() == now.keys() and all(torch.equal(now[name], w.half().float()) for name, w in was.items())
+    assert load_clip(tower=tmp_path/'back'/'text'/'picture_tower.safetensors').logit_scale.isfinite()
+    with pytest.raises(FileNotFoundError, match='make keep'): on_the_way.restore(tmp_path, tmp_path/'nothing')
+
+
 def test_no_data(tmp_path):
     "Without the set, a command says how to get it."
     done = subprocess.run([sys.executable, '-m', 'sd_deepdive.training.diffusion', '--folder', tmp_path], env=ENV, cwd=tmp_path, capture_output=True, text=True)

@@ -148,10 +148,12 @@ def add_lora(
     scale: float = 1.,
     names: Sequence[str] = ATTENTION,   # how the layers' names end
 ) -> int:
-    "Put a change beside each of these layers and freeze all else; returns how many weights can be trained."
+    """Put a change beside each of these layers and freeze all else; returns how many weights can be trained.
+    ValueError if there are no such layers, or changes already."""
     whole_number('rank', rank, 1); real_number('scale', scale)
     ends, linear = tuple(names), [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     found = [name for name in linear if name.endswith(ends)]
+    if lora_layers(network): raise ValueError('network has changes already. Use merge_lora first.')
     if not found: raise ValueError(f'names={ends}: no linear layer of the network has a name that ends so.')
     network.requires_grad_(False)
     for name in found: network.set_submodule(name, LoRA(network.get_submodule(name), rank, scale))
@@ -194,7 +196,7 @@ def save_lora(
     network: nn.Module,
     path: Path,          # .safetensors
 ) -> None:
-    "Write the changes: a few hundred kilobytes."
+    "Write the changes: a few hundred kilobytes. The scale is not among them."
     save_file({name: w.contiguous() for name, w in changes(network).items()}, path)
 
 # %% ../../nbs/22_training_a_new_word.ipynb #c3fcc71f

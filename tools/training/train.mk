@@ -4,7 +4,9 @@ PROCESSES ?= $(shell $(PY) -c "import os, torch; print(torch.cuda.device_count()
 ALL = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) -m sd_deepdive.training
 ONE = $(PY) -m sd_deepdive.training
 
-.PHONY: data train-autoencoder train-text train-judge train-diffusion assemble quality train-word
+KEEP = $(PY) -m tools.training.on_the_way
+
+.PHONY: data keep restore train-autoencoder train-text train-judge train-diffusion assemble quality train-word
 data: $(READY)  ## fetch the pictures and names from their registries, draw and pack them
 	@$(ONE).sources $(ARGS)
 train-autoencoder: $(READY)  ## step 1: pictures to latents and back
@@ -15,6 +17,10 @@ train-judge: $(READY)  ## a second such pair, of another seed, for `make quality
 	@$(ONE).clip --judge $(ARGS)
 train-diffusion: $(READY)  ## step 3: the UNet, on frozen latents and text states
 	@$(ALL).diffusion $(ARGS)
+keep: $(READY)  ## write half-precision weights on their way, small enough to commit
+	@$(KEEP) keep $(ARGS)
+restore: $(READY)  ## put them back: then `make train-diffusion ARGS="--weights artifacts/diffusion/on-the-way ..."`
+	@$(KEEP) restore $(ARGS)
 assemble: $(READY)  ## put the trained parts, the slice of data and the model card into the package
 	@$(PY) -m tools.training.assemble $(ARGS)
 quality: $(READY)  ## the quality table: things and styles named right, between a ceiling and a floor
