@@ -191,7 +191,7 @@ def trained(tmp_path_factory):
 def test_commands(trained):
     "Each step reports what it should, and leaves what the next one needs."
     work, _, (autoencoder, text, judge, diffusion, quality) = trained
-    assert 'PSNR of' in autoencoder and 'held-out' in text and '3 things, caption gap' in diffusion and 'held-out pairs' in quality
+    assert 'PSNR of' in autoencoder and 'held out' in text and '3 things, caption gap' in diffusion and 'held-out pairs' in quality
     for name in ('autoencoder/round_trips.png', 'text/record.json', 'judge/picture_tower.safetensors', 'diffusion/sheet-000004.png', 'quality.json'):
         assert (work/name).stat().st_size > 100, name
     assert not list(work.rglob('*.part'))
