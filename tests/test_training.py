@@ -193,7 +193,7 @@ def test_commands(trained):
     work, _, (autoencoder, text, judge, diffusion, quality) = trained
     assert 'PSNR of' in autoencoder and 'held out' in text and '3 things, caption gap' in diffusion and 'held-out pairs' in quality
     for name in ('autoencoder/round_trips.png', 'text/record.json', 'judge/picture_tower.safetensors', 'diffusion/sheet-000004.png', 'quality.json'):
-        assert (work/name).stat().st_size > 100, name
+        assert (work/name).stat().st_size > 50, name
     assert not list(work.rglob('*.part'))
 
 
