@@ -174,6 +174,18 @@ def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g,
     latents = start_latents(parts, make_noise(parts, seeds, height, width), steps, init, start_step)
     yield from denoise(parts, latents, text, uncond, g, steps, start_step)
 
+# %% ../nbs/10_loop.ipynb #a10c0de1
+def _check_request(init_img, start_step: int, g: float, steps: int, size: tuple, batch_size: int) -> None:
+    "A clear error for numbers that are none, or that need a picture to start from or forbid one."
+    whole_number('batch_size', batch_size, 1)
+    whole_number('steps', steps, 1)
+    whole_number('start_step', start_step, 0, steps - 1)
+    real_number('g', g)
+    if init_img is None and start_step:
+        raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
+    if init_img is not None and size!=(None, None):
+        raise ValueError('height and width are those of init_img: leave them out.')
+
 # %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
 def make_samples(
@@ -191,18 +203,13 @@ def make_samples(
 ) -> Tensor:
     """Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed.
     TypeError, ValueError or MemoryError, in words, for what does not fit."""
-    parts = take_apart(parts)
-    whole_number('batch_size', batch_size, 1); whole_number('steps', steps, 1); real_number('g', g)
-    whole_number('start_step', start_step, 0, steps - 1)
-    if init_img is None and start_step:
-        raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
-    if init_img is not None and not height is width is None:
-        raise ValueError('height and width are those of init_img: leave them out.')
+    parts, size = take_apart(parts), (height, width)
+    _check_request(init_img, start_step, g, steps, size, batch_size)
     wishes = zip(*pair_wishes(prompts, seed, negative_prompt, ('prompts', 'seed', 'negative_prompt'), init_img=_starts(init_img)))
     pixels, batches = [], list(chunked(wishes, batch_size))
     with (tqdm(total=len(batches)*steps, delay=20, leave=False) as bar,
           enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):
         for batch in batches:
-            for step in _batch(parts, *zip(*batch), (height, width), start_step, g, steps): bar.update()
+            for step in _batch(parts, *zip(*batch), size, start_step, g, steps): bar.update()
             pixels.append(decode(parts, step.latents))
     return torch.cat(pixels)

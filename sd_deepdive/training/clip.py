@@ -277,6 +277,17 @@ def save_text(
     save_tower(model, folder/'picture_tower.safetensors')
     return kept
 
+# %% ../../nbs/20_text_meets_pictures.ipynb #a20c0de1
+def _fit_clip(trainer: Trainer, tokenizer, drawings, unseen: bool, batch: int, favour: float) -> int:
+    "Train on the drawings, the held-out ones only if `unseen`; report on those of the list. How many were seen."
+    rgba = shrunk(stack(drawings), trainer.model.picture.side)
+    some = lambda wanted: [i for i, d in enumerate(drawings) if wanted(d)]
+    use, listed = some(lambda d: unseen or not d.held_out), some(lambda d: d.thing in things())
+    batches = clip_batches([drawings[i] for i in use], rgba[use], tokenizer, batch, favour)
+    report = clip_report(tokenizer, [drawings[i] for i in listed], rgba[listed])
+    trainer.fit(batches, clip_loss, report, every=50)
+    return len(use)
+
 # %% ../../nbs/20_text_meets_pictures.ipynb #8b7db354
 @call_parse
 def train_text(
@@ -298,13 +309,9 @@ def train_text(
     drawn = [d for d in read_drawings(folder/'pictures.zip') if d.style in styles()]
     torch.manual_seed(int(judge))
     model = load_clip().train() if go_on else Clip()
-    rgba = shrunk(stack(drawn), model.picture.side)
-    use = [i for i, d in enumerate(drawn) if judge or not d.held_out]
-    ours = [i for i, d in enumerate(drawn) if d.thing in things()]
     rates = dict(warmup=30, decay=.5, weight_decay=.05, ema_decay=.98)
     trainer = Trainer(model, steps, lr, out, acc, int(judge), **rates)
-    trainer.fit(clip_batches([drawn[i] for i in use], rgba[use], tokenizer, batch, favour), clip_loss,
-                clip_report(tokenizer, [drawn[i] for i in ours], rgba[ours]), every=50)
+    seen = _fit_clip(trainer, tokenizer, drawn, judge, batch, favour)
     kept = save_text(model, tokenizer, drawn, out)
-    record = dict(steps=steps, pairs=steps*batch, pictures=len(use), tokens=kept)
+    record = dict(steps=steps, pairs=steps*batch, pictures=seen, tokens=kept)
     (out/'record.json').write_text(json.dumps(record))

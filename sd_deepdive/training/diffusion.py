@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/training_the_diffusion_model.htm
 # %% auto #0
 __all__ = ['CONFIG', 'Prepared', 'backgrounds_for', 'text_states', 'placed_latents', 'prepare', 'things_at', 'diffusion_batches',
            'noise_loss', 'losses_at', 'examples', 'caption_gap', 'min_snr', 'load_start', 'prepared_once',
-           'train_diffusion']
+           'diffusion_report', 'train_diffusion']
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #4f48c724
 import json
@@ -224,6 +224,38 @@ def prepared_once(
     if not cache.exists(): save_whole(cache, vars(prepare(parts, drawings)) | dict(drawings=None))
     return Prepared(**torch.load(cache, weights_only=True) | dict(drawings=[*drawings]))
 
+# %% ../../nbs/21_training_the_diffusion_model.ipynb #a21c0de1
+def diffusion_report(
+    parts: Parts,
+    ready: Prepared,
+    stages: Sequence[tuple[int, int]],
+    folder: Path,     # gets a sheet of samples each time, and the UNet on its way
+) -> Callable:
+    "`report` for `Trainer.fit`: draw the recipe's prompts, keep the averaged weights, tell the caption gap."
+    prompts = recipe('prompts.txt').splitlines()
+    def report(unet: nn.Module, step: int) -> str:
+        n = things_at(step - 1, stages)
+        drawn = make_samples(replace(parts, unet=unet), prompts, seed=[*range(len(prompts))], steps=15)
+        save_sheet(drawn, 8, folder/f'sheet-{step:06}.png')
+        unet.save_pretrained(folder/'on-the-way')
+        among = [i for i, d in enumerate(ready.drawings) if d.thing in things(n)]
+        gaps = caption_gap(unet, ready, parts.scheduler.alphas_cumprod, among)
+        return f'{n} things, caption gap ' + ', '.join(f'{gap:.1%}' for gap in gaps)
+    return report
+
+# %% ../../nbs/21_training_the_diffusion_model.ipynb #a21c0de3
+def _stages(text: str) -> list[tuple[int, int]]:
+    "'24:1500 100:12500' as [(things, last step), ...]. ValueError for what cannot be read so."
+    try: return [(int(n), int(end)) for n, end in (stage.split(':') for stage in text.split())]
+    except ValueError:
+        raise ValueError(f"stages={text!r} cannot be read. Give things:last step, such as '24:1500 100:12500'.") from None
+
+def _unet(weights: Path | None) -> UNet2DConditionModel:
+    "The UNet to go on from, or one with random weights, the same each time."
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel.from_pretrained(weights) if weights else UNet2DConditionModel(**CONFIG)
+    return unet.float().to(memory_format=torch.channels_last)
+
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #92d29ab8
 @call_parse
 def train_diffusion(
@@ -238,28 +270,17 @@ def train_diffusion(
     every: int = 500,                       # steps between checkpoints and sheets
 ) -> None:
     "Train the UNet of the embedded model on the whole set, text and latents frozen."
-    folder, acc = Path(folder), accelerator(precision)
-    stages = [tuple(map(int, stage.split(':'))) for stage in stages.split()]
+    folder, out, acc = Path(folder), Path(folder)/'diffusion', accelerator(precision)
+    parts, stages = load_start(folder, acc.device), _stages(stages)
     most = max(n for n, _ in stages)
-    parts = load_start(folder, acc.device)
     use = [d for d in read_drawings(folder/'pictures.zip')
            if d.style in styles() and d.thing in things(most) and not d.held_out]
-    with acc.main_process_first(): ready = prepared_once(folder/'diffusion'/f'prepared-{most}.pt', parts, use)
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel.from_pretrained(weights) if weights else UNet2DConditionModel(**CONFIG)
-    unet.float().to(memory_format=torch.channels_last)
-    alphas_cumprod, prompts = parts.scheduler.alphas_cumprod, recipe('prompts.txt').splitlines()
-    def report(model, step):
-        n = things_at(step - 1, stages)
-        drawn = make_samples(replace(parts, unet=model), prompts, seed=[*range(len(prompts))], steps=15)
-        save_sheet(drawn, 8, folder/'diffusion'/f'sheet-{step:06}.png')
-        model.save_pretrained(folder/'diffusion'/'on-the-way')
-        among = [i for i, d in enumerate(use) if d.thing in things(n)]
-        gaps = caption_gap(model, ready, alphas_cumprod, among)
-        return f'{n} things, caption gap ' + ', '.join(f'{gap:.1%}' for gap in gaps)
-    trainer = Trainer(unet, stages[-1][1], lr, folder/'diffusion', acc, decay=decay, ema_decay=.998)
-    trainer.fit(diffusion_batches(ready, stages, batch, coloured), noise_loss(alphas_cumprod), report, every)
+    with acc.main_process_first(): ready = prepared_once(out/f'prepared-{most}.pt', parts, use)
+    unet = _unet(weights)
+    trainer = Trainer(unet, stages[-1][1], lr, out, acc, decay=decay, ema_decay=.998)
+    trainer.fit(diffusion_batches(ready, stages, batch, coloured), noise_loss(parts.scheduler.alphas_cumprod),
+                diffusion_report(parts, ready, stages, out), every)
     if not acc.is_main_process: return
-    unet.save_pretrained(folder/'diffusion'/'unet')
+    unet.save_pretrained(out/'unet')
     record = dict(stages=stages, batch=batch, pictures_seen=stages[-1][1]*batch, pictures=len(use))
-    (folder/'diffusion'/'record.json').write_text(json.dumps(record))
+    (out/'record.json').write_text(json.dumps(record))
