@@ -9,7 +9,6 @@ __all__ = ['CONFIG', 'RoundTrip', 'edges', 'reconstruction_loss', 'kl_divergence
            'round_trips', 'latent_deviation', 'psnr_of', 'train_autoencoder']
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #58844a23
-import json
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from pathlib import Path
 from ..checks import whole_number
 from ..drawings import read_drawings
 from .data import compose, palette, placings, stack, styles
-from .loop import Trainer, accelerator, save_sheet
+from .loop import Trainer, accelerator, save_record, save_sheet
 from torch import Tensor, nn
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #f8535450
@@ -174,7 +173,7 @@ def _save_autoencoder(
     psnr = psnr_of(round_trips(vae, test), test)
     vae.save_pretrained(folder/'vae')
     record |= dict(psnr=round(psnr.mean().item(), 2), psnr_min=round(psnr.min().item(), 2))
-    (folder/'record.json').write_text(json.dumps(record))
+    save_record(folder/'record.json', **record)
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #01b7d4ed
 @call_parse

@@ -6,11 +6,10 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_meets_pictures.html.md"""
 
 # %% auto #0
 __all__ = ['CONFIG', 'Block', 'PictureTower', 'Clip', 'token_ids', 'contrastive_loss', 'save_tower', 'load_clip', 'shrunk',
-           'clip_batches', 'seen', 'clip_loss', 'named_right', 'clip_report', 'clip_scores', 'zero_unused', 'save_text',
-           'train_text']
+           'clip_batches', 'seen', 'clip_loss', 'caption_hits', 'clip_report', 'clip_scores', 'zero_unused',
+           'save_text', 'train_text']
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #2034b60a
-import json
 import math
 import random
 import torch
@@ -25,7 +24,7 @@ from ..drawings import Drawing, read_drawings
 from ..models import _quiet as quiet
 from ..places import embedded_folder
 from .data import BACKGROUNDS, caption, compose, palette, placings, stack, styles, things
-from .loop import Trainer, accelerator
+from .loop import Trainer, accelerator, save_record
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -201,7 +200,7 @@ def clip_loss(
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #05708ad8
 @torch.no_grad()
-def named_right(
+def caption_hits(
     model: Clip,
     tokenizer: CLIPTokenizer,
     drawings: Sequence[Drawing],
@@ -228,7 +227,7 @@ def clip_report(
         of = [hit for hit, d in zip(hits, drawings) if d.held_out==held]
         return sum(of)/max(1, len(of))
     def report(model: Clip, step: int) -> str:
-        thing, own = named_right(model, tokenizer, drawings, rgba)
+        thing, own = caption_hits(model, tokenizer, drawings, rgba)
         shares = [share(hits, held) for held in (False, True) for hits in (thing, own)]
         if log is not None: log.append((step, *shares))
         return 'thing {:.0%}, caption {:.0%}; held out {:.0%}, {:.0%}'.format(*shares)
@@ -313,5 +312,4 @@ def train_text(
     trainer = Trainer(model, steps, lr, out, acc, int(judge), **rates)
     seen = _fit_clip(trainer, tokenizer, drawn, judge, batch, favour)
     kept = save_text(model, tokenizer, drawn, out)
-    record = dict(steps=steps, pairs=steps*batch, pictures=seen, tokens=kept)
-    (out/'record.json').write_text(json.dumps(record))
+    save_record(out/'record.json', steps=steps, pairs=steps*batch, pictures=seen, tokens=kept)

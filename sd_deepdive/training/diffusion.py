@@ -10,7 +10,6 @@ __all__ = ['CONFIG', 'Prepared', 'backgrounds_for', 'text_states', 'placed_laten
            'diffusion_report', 'train_diffusion']
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #4f48c724
-import json
 import random
 import torch
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from ..sampling import make_samples
 from ..schedule import add_noise
 from .clip import token_ids
 from .data import BACKGROUNDS, caption, compose, palette, placings, stack, styles, things
-from .loop import Trainer, accelerator, save_sheet, save_whole
+from .loop import Trainer, accelerator, save_record, save_sheet, save_whole
 from .sources import recipe
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -282,5 +281,4 @@ def train_diffusion(
                 diffusion_report(parts, ready, stages, out), every)
     if not acc.is_main_process: return
     unet.save_pretrained(out/'unet')
-    record = dict(stages=stages, batch=batch, pictures_seen=stages[-1][1]*batch, pictures=len(use))
-    (out/'record.json').write_text(json.dumps(record))
+    save_record(out/'record.json', stages=stages, batch=batch, pictures_seen=stages[-1][1]*batch, pictures=len(use))

@@ -9,7 +9,6 @@ __all__ = ['load_judge', 'features', 'on_white', 'nearest', 'named_right', 'frec
            'quality', 'measure_quality']
 
 # %% ../../nbs/00_quality.ipynb #4135dd75
-import json
 import math
 import random
 import torch
@@ -26,6 +25,7 @@ from ..sampling import make_samples
 from .autoencoder import psnr_of, round_trips
 from .clip import PictureTower
 from .data import compose, stack, styles, things
+from .loop import save_record
 from torch import Tensor
 
 # %% ../../nbs/00_quality.ipynb #e58b6b05
@@ -167,4 +167,4 @@ def measure_quality(
     psnr = psnr_of(round_trips(parts.vae, out), out)
     print(f'PSNR of {len(out)} held-out pictures {psnr.mean():.1f} dB, least {psnr.min():.1f}')
     table |= dict(psnr=psnr.mean().item(), psnr_min=psnr.min().item())
-    (folder/'quality.json').write_text(json.dumps(table))
+    save_record(folder/'quality.json', **table)
