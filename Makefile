@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow bench site serve save lock clean
+.PHONY: help course test test-slow times bench site serve save lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,6 +31,9 @@ test: $(READY)  ## run all tests: lessons, package, site
 
 test-slow: $(READY)  ## the lessons whose slow cells build Stable Diffusion's full size, one after the other
 	@NB_FLAGS=slow $(PYTEST) -n 0 tests/test_notebooks.py -k "10_ or 14_ or 15_ or 17_"
+
+times: $(READY)  ## measure how long each lesson runs, which the site shows: 12 min
+	@$(PY) tools/time_lessons.py $(ARGS)
 
 bench: $(READY)  ## how fast the networks by hand are beside the library's: 15 min on an idle machine
 	@$(PY) bench/by_hand.py $(ARGS)

@@ -40,9 +40,9 @@ def test_import_is_light():
 
 
 def test_tree_is_small():
-    "The tracked tree stays under 60 MB, a file under 15 MB."
+    "The tracked tree stays under 70 MB, a file under 15 MB."
     sizes = {f.relative_to(ROOT).as_posix(): f.stat().st_size for f in tracked()}
-    assert sizes and sum(sizes.values()) < 60*MB
+    assert sizes and sum(sizes.values()) < 70*MB
     assert {f: s for f, s in sizes.items() if s > 15*MB} == {}
 
 

@@ -1,9 +1,10 @@
 """The site, as a reader meets it: in headless Chromium, with no other host to be reached."""
+import gzip
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
-from conftest import CFG, NBS
+from conftest import CFG, NBS, ROOT
 from nbdev.config import nbpath2html
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -17,6 +18,11 @@ RAW_FORMULAE = "return document.querySelectorAll('.math:not(:has(.katex)), .kate
 CUT_OFF = """const scrolls = e => e.id != 'quarto-content' && (getComputedStyle(e).overflowX != 'visible' || scrolls(e.parentElement))
 return [...document.querySelectorAll('#quarto-content *')].filter(e => e.getBoundingClientRect().right > innerWidth && !scrolls(e))
        .map(e => e.outerHTML.slice(0, 99))"""
+AXE = (ROOT/'vendor/axe/axe.min.js').read_text()
+FINDINGS = """const done = arguments[0];
+axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.filter(v => ['serious', 'critical'].includes(v.impact))
+   .map(v => v.id + ': ' + v.nodes.slice(0, 3).map(n => n.target + ' ' + n.html.slice(0, 80)).join(' | '))))"""
+LOADED = "return performance.getEntriesByType('resource').filter(r => r.initiatorType != 'img').map(r => r.name)"
 BRIGHTNESS = r"return getComputedStyle(document.body).backgroundColor.match(/\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765"
 
 
@@ -45,6 +51,33 @@ def test_page_fits_a_phone(browser, page, scheme):
     assert browser.js('return document.documentElement.scrollWidth') <= 360
     assert browser.js(CUT_OFF) == []
     assert (browser.js(BRIGHTNESS) > .5) == (scheme == 'light')
+
+
+@pytest.mark.parametrize('page, scheme, width', [(page, 'light', 1300) for page in PAGES] +
+                         [(page, 'dark', 360) for page in ('index.html', 'loop.html', 'explore.html', 'samplers_by_hand.html')])
+def test_accessible(browser, page, scheme, width):
+    "axe-core finds nothing serious or critical on a page: names, contrast, headings, what the keyboard reaches."
+    browser.open(page, width, scheme)
+    browser.js(AXE)
+    assert browser.driver.execute_async_script(FINDINGS) == []
+
+
+@pytest.mark.parametrize('page, most', [('index.html', .5), *((page, 3) for _, page in LESSONS)])
+def test_weight(browser, site, page, most):
+    "Compressed, as a server sends them, the first page is under 500 KB without its pictures, and a lesson under 3 MB with them."
+    browser.open(page)
+    doc, files = soup(site/page), [site/urlsplit(url).path.lstrip('/') for url in browser.js(LOADED) if url.startswith(browser.url)]
+    assert files and all(f.is_file() for f in files)
+    for img in doc.select('img') if page == 'index.html' else []: img['src'] = ''
+    size = sum(len(gzip.compress(data)) for data in [str(doc).encode(), *(f.read_bytes() for f in files)])
+    assert size < most*1e6
+
+
+def test_machine_readable(site):
+    "llms.txt lists the pages, and each page has its text in Markdown where the modules say."
+    listed = (site/'llms.txt').read_text()
+    for page in PAGES:
+        assert page.replace('.html', '.llms.md') in listed and '# ' in (site/f'{page}.md').read_text()
 
 
 @pytest.mark.parametrize('nb, page', LESSONS)

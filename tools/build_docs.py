@@ -1,5 +1,5 @@
 """Build the site into _docs/ with no Quarto and no network: nbdev processes the notebooks, smalldocs renders them."""
-import os, re, shutil, sys, warnings
+import json, os, re, shutil, sys, warnings
 from pathlib import Path
 
 from fastcore.nbio import mk_cell, read_nb, write_nb
@@ -11,6 +11,7 @@ from smalldocs.config import load
 from smalldocs.site import Site
 
 ROOT = Path(__file__).parents[1]
+VERSIONS = ['torch', 'diffusers', 'transformers', 'numpy', 'matplotlib']
 WEB_FONTS = re.compile(r'@import\s*url\(["\']?https?:[^)]*\)[^;]*;')
 
 
@@ -36,15 +37,31 @@ def badges(cfg, name):
             f'[![Open in Kaggle](images/kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/{path})')
 
 
+def facts(cfg, nb, name):
+    "How long a lesson takes to read (200 words, 12 lines of code a minute) and to run (as `make times` recorded it)."
+    words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == 'markdown')
+    lines = sum(bool(line.strip()) for c in nb.cells if c.cell_type == 'code' for line in c.source.splitlines())
+    seconds = json.loads((ROOT/'tools/times.json').read_text()).get(name)
+    runs = '' if seconds is None else f' · runs in {max(1, round(seconds))} s on one core'
+    return f'<p class="lesson-facts">Reading time about {round(words/200 + lines/12)} min{runs}</p>'
+
+
+def versions(cfg):
+    "With which versions the outputs were saved."
+    locked = dict(line.split('==') for line in (ROOT/'lock.txt').read_text().split() if '==' in line)
+    return '<p class="lesson-versions">Outputs saved with ' + ', '.join(f'{name} {locked[name]}' for name in VERSIONS) + '.</p>'
+
+
 def process(cfg):
-    "Process the notebooks as nbdev does, badges added to each lesson; returns the folder they are in."
+    "Process the notebooks as nbdev does; to each lesson badges, times and versions are added. Returns the folder they are in."
     refresh_quarto_yml()
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Found cells containing imports')
         folder = proc_nbs(n_workers=0, force=True)
     for p in folder.glob('[0-9]*.ipynb'):
         nb = read_nb(p)
-        nb.cells.insert(1, mk_cell(badges(cfg, p.name), 'markdown'))
+        nb.cells.insert(1, mk_cell(badges(cfg, p.name) + '\n\n' + facts(cfg, nb, p.name), 'markdown'))
+        nb.cells.append(mk_cell(versions(cfg), 'markdown'))
         write_nb(nb, p)
     return folder
 
@@ -60,6 +77,7 @@ def main():
     libs = site.out/'site_libs'
     shutil.copytree(ROOT/'vendor/katex', libs/'katex')
     for css in libs.rglob('*.css'): css.write_text(WEB_FONTS.sub('', css.read_text()))
+    for copy in site.out.glob('*.llms.md'): shutil.copy(copy, copy.with_name(copy.name.replace('.llms.md', '.html.md')))   # where modules link to
     if site.broken: sys.exit('\n'.join(f'{page}: broken link {href}' for page, href in site.broken))
     print(f'{n} pages in {site.out}')
 
