@@ -1,15 +1,16 @@
-"""How fast the networks by hand are beside the library's: both in one run, in turn, medians of many; `make bench`.
+"""How fast the networks by hand are beside the library's: both in one run, in turn, medians of many (lesson 25); `make bench`.
 
 Writes sd_deepdive/data/by_hand.json, which lesson 17 shows. Same scheduler, same number of UNet calls, same threads and
 memory format for both, no progress bar. Leave the machine alone while it runs.
 """
-import argparse, datetime, json, os, platform, statistics, subprocess, sys, time, warnings
+import argparse, datetime, json, os, platform, subprocess, sys, warnings
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from fastprogress import progress_bar
 
+from sd_deepdive.further.speed import in_turn, paired
 from sd_deepdive.latents import make_img
 from sd_deepdive.models import load_pipeline
 from sd_deepdive.places import embedded_folder
@@ -20,24 +21,6 @@ from sd_deepdive.seeds import generators
 
 RECORD, FULL_SIZE = Path(__file__).parents[1]/'sd_deepdive'/'data'/'by_hand.json', Path(__file__).with_name('full_size.py')
 PROMPT, STEPS, G = 'octopus, 3d style', 25, 7.5
-
-
-def in_turn(arms, times):
-    "Seconds of each arm, one call of each in turn, after one to warm up."
-    for call in arms.values(): call()
-    took = {name: [] for name in arms}
-    for i in progress_bar(range(times), leave=False):
-        order = list(arms.items())
-        for name, call in order if i%2 else reversed(order):
-            start = time.perf_counter(); call(); took[name].append(time.perf_counter() - start)
-    return took
-
-
-def summary(took, base):
-    "Median seconds and quartiles of each arm, and how many times as fast it is as the base."
-    middle = {name: statistics.median(t) for name, t in took.items()}
-    return {name: dict(median=middle[name], quartiles=statistics.quantiles(t, n=4)[::2], ratio=middle[base]/middle[name], times=len(t))
-            for name, t in took.items()}
 
 
 def draw_library(pipe, batch):
@@ -113,7 +96,7 @@ def embedded(batch, times):
             'by hand, 1 x 1 convolutions': lambda: draw(convolutions, batch), 'by hand, neither': lambda: draw(plain, batch),
             'library, channels last': lambda: draw_library(theirs, batch), 'by hand, channels last': lambda: draw(last, batch),
             'by hand, UNet traced': lambda: draw(graph, batch)}
-    return summary(in_turn(arms, times), 'library')
+    return paired(in_turn(arms, times), 'library')
 
 
 def full_sizes(times):
@@ -124,7 +107,7 @@ def full_sizes(times):
             out = subprocess.run([sys.executable, FULL_SIZE, arm, str(torch.get_num_threads()), '2'], capture_output=True, text=True, check=True).stdout
             one = json.loads(out)
             found[arm]['seconds'] += one['seconds']; found[arm]['peak'].append(one['peak'])
-    record = summary({arm: f['seconds'] for arm, f in found.items()}, 'library')
+    record = paired({arm: f['seconds'] for arm, f in found.items()}, 'library')
     for arm, f in found.items(): record[arm]['peak'] = max(f['peak'])
     return record
 
