@@ -3,9 +3,11 @@ import ipywidgets as widgets
 import pytest
 
 from sd_deepdive import explore
+from sd_deepdive.further.inside import unet_by_hand
 from sd_deepdive.parts import load_parts
 
-EXPLORERS = [explore.explore_guidance, explore.explore_strength, explore.explore_film, explore.explore_mixing, explore.explore_schedulers]
+EXPLORERS = [explore.explore_guidance, explore.explore_strength, explore.explore_film, explore.explore_mixing, explore.explore_schedulers,
+             explore.explore_attention]
 
 
 @pytest.fixture(scope='module')
@@ -56,6 +58,18 @@ def test_film(parts):
         assert message.value == ''
     finally:
         for hook in hooks: hook.remove()
+
+
+def test_attention(parts):
+    "Another step asks the UNet nothing; another prompt has other tokens to choose from."
+    ours, asked = unet_by_hand(parts), []
+    prompt, token, step, seed, message, shown = explore.explore_attention(ours).children
+    before = bytes(shown.value)
+    with ours.unet.register_forward_pre_hook(lambda *_: asked.append(1)): step.value = 0
+    assert bytes(shown.value) != before and not asked
+    assert token.options[1] == '1 octopus' and token.value.endswith('background')
+    prompt.value = 'red apple'
+    assert token.options == ('0 start', '1 red', '2 apple', '3 end') and message.value == ''
 
 
 def test_no_pipeline():

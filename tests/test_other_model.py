@@ -5,7 +5,7 @@ import pytest
 from conftest import CFG, NBS
 from test_notebooks import run_notebook
 
-LESSONS = [nb for nb in NBS if re.match(r'(0[1-9]|1[0-7])_', nb.name)]
+LESSONS = [nb for nb in NBS if re.match(r'(0[1-9]|1[0-7]|23)_', nb.name)]
 CHOICE = "model = 'embedded'   # or"
 
 
