@@ -12,13 +12,11 @@ __all__ = ['EPS', 'ResnetBlock', 'Downsample', 'Upsample', 'Level', 'Attention',
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from torch import Tensor, nn
 from typing import NamedTuple
 from .checkpoints import Network
-from .configs import FIELDS, WRITTEN, refuse
+from .configs import refuse
 from .text_encoder import attend
 
 # %% ../../nbs/14_autoencoder_by_hand.ipynb #66785f32
@@ -137,13 +135,11 @@ class Encoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
-        last = widths[-1]
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        halve = partial(Downsample, padding=0)
-        self.down_blocks = levels(widths, config.layers_per_block, groups, halve)
-        self.mid_block = Middle(last, groups, config.mid_block_add_attention)
-        self.conv_norm_out = nn.GroupNorm(groups, last, EPS)
-        self.conv_out = nn.Conv2d(last, 2*config.latent_channels, 3, padding=1)
+        self.down_blocks = levels(widths, config.layers_per_block, groups, lambda c: Downsample(c, 0))
+        self.mid_block = Middle(widths[-1], groups, config.mid_block_add_attention)
+        self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
+        self.conv_out = nn.Conv2d(widths[-1], 2*config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mid_block(self.down_blocks(self.conv_in(x)))
@@ -166,8 +162,7 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.conv_norm_out(x)))
 
 # %% ../../nbs/14_autoencoder_by_hand.ipynb #cecb4c45
-@dataclass
-class Gaussian:
+class Gaussian(NamedTuple):
     "A normal distribution for each latent."
     mean: Tensor     # (B, 4, h, w)
     logvar: Tensor   # (B, 4, h, w)
@@ -201,7 +196,6 @@ class Autoencoder(Network):
     """Pixels to latents and back. Kingma and Welling 2013, arXiv:1312.6114; Rombach et al. 2022,
     arXiv:2112.10752, section 3.1."""
     kind = 'AutoencoderKL'
-    fields, written = FIELDS[kind], WRITTEN[kind]
 
     def __init__(self, config):
         super().__init__(config)

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
-from .configs import read_config, read_json
+from .configs import FIELDS, WRITTEN, read_config, read_json
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -81,6 +81,10 @@ class Network(nn.Module):
     kind: str       # the name under which the library saves such a network
     fields: dict    # the fields that it needs, each with its value where a config is silent
     written: dict   # the values of other fields that are written here
+
+    def __init_subclass__(cls):
+        if cls.kind in FIELDS:      # the page Configs has them
+            cls.fields, cls.written = FIELDS[cls.kind], WRITTEN[cls.kind]
 
     def __init__(self, config: Mapping):
         super().__init__()

@@ -14,7 +14,6 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import NamedTuple
 from .checkpoints import Network
-from .configs import FIELDS, WRITTEN
 
 # %% ../../nbs/13_text_encoder_by_hand.ipynb #364910b8
 def attend(
@@ -91,7 +90,6 @@ class TextStates(NamedTuple):
 class TextEncoder(Network):
     "CLIP's text encoder: ids to hidden states. Radford et al. 2021, arXiv:2103.00020, section 2.4."
     kind = 'CLIPTextModel'
-    fields, written = FIELDS[kind], WRITTEN[kind]
 
     def __init__(self, config):
         super().__init__(config)

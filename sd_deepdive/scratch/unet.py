@@ -17,7 +17,7 @@ from math import log
 from torch import Tensor, nn
 from .autoencoder import Attention, Downsample, ResnetBlock, Sample, Upsample
 from .checkpoints import Network
-from .configs import FIELDS, WRITTEN, refuse
+from .configs import refuse
 from .text_encoder import attend
 
 # %% ../../nbs/15_unet_by_hand.ipynb #8b84ef19
@@ -120,8 +120,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, text: Tensor | KeysValues) -> Tensor:
         h = pointwise(self.norm(x).flatten(2).transpose(1, 2), self.proj_in)     # (B, HW, C)
-        for block in self.transformer_blocks:
-            h = block(h, text)
+        h = self.transformer_blocks[0](h, text)
         return x + pointwise(h, self.proj_out).transpose(1, 2).unflatten(2, x.shape[2:])
 
 # %% ../../nbs/15_unet_by_hand.ipynb #f89b4772
@@ -186,7 +185,6 @@ class UNet(Network):
     """Finds the noise in latents. Ronneberger et al. 2015, arXiv:1505.04597; Ho et al. 2020,
     arXiv:2006.11239, appendix B; Rombach et al. 2022, arXiv:2112.10752, section 3.3."""
     kind = 'UNet2DConditionModel'
-    fields, written = FIELDS[kind], WRITTEN[kind]
 
     def __init__(self, config):
         super().__init__(config)
