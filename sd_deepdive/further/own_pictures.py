@@ -8,9 +8,10 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/your_own_pictures.html.md"""
 __all__ = ['Example', 'read_captions', 'problems', 'is_held_out', 'split', 'encode', 'Learner', 'caption_batches', 'fine_tune',
            'held_out_loss', 'copies', 'save_model', 'own_pictures']
 
-# %% ../../nbs/26_your_own_pictures.ipynb #25324b5b
+# %% ../../nbs/26_your_own_pictures.ipynb #43e5b6fb
 import csv
 import hashlib
+import shutil
 import torch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -206,15 +207,18 @@ def copies(
     which, cosine = nearest(made, train)
     return which, [1 - c for c in cosine], 1 - max(nearest(held, train)[1])
 
-# %% ../../nbs/26_your_own_pictures.ipynb #b6951e01
+# %% ../../nbs/26_your_own_pictures.ipynb #2f7995f3
 def save_model(
     parts: Parts,
     folder: Path,     # `load_parts(folder)` reads it again
 ) -> None:
-    "Write a model in the layout of diffusers."
+    "Write a model in the layout of diffusers, as a whole or not at all."
     named = {name: getattr(parts, name) for name in ('tokenizer', 'text_encoder', 'unet', 'vae', 'scheduler')}
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    with quiet(): StableDiffusionPipeline(**named, **none).save_pretrained(folder)
+    part = Path(folder).with_suffix('.part')
+    with quiet(): StableDiffusionPipeline(**named, **none).save_pretrained(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.replace(folder)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9
 @call_parse
