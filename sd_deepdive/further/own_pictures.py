@@ -81,7 +81,7 @@ def problems(
             found.append(f'{e.file.name} is the same picture as {first.file.name}, {where}')
     return found
 
-# %% ../../nbs/26_your_own_pictures.ipynb #a2fc5b8b
+# %% ../../nbs/26_your_own_pictures.ipynb #361363f8
 def is_held_out(
     group: str,
     share: float = .2,     # of all groups, about
@@ -99,7 +99,7 @@ def split(
     held = [e for e in examples if is_held_out(e.group, share)]
     train = [e for e in examples if not is_held_out(e.group, share)]
     if not held or not train:
-        raise ValueError(f'{len({e.group for e in examples})} groups, {len(train)} pictures to train on and '
+        raise ValueError(f'{len({e.group for e in examples})} group(s), {len(train)} pictures to train on and '
                          f'{len(held)} held out. Give more groups, or another share than {share}.')
     return train, held
 
@@ -196,14 +196,14 @@ def held_out_loss(
     text = text_enc(parts, captions)
     return sum(losses_at(parts.unet, latents, text, parts.scheduler.alphas_cumprod, times))/len(times)
 
-# %% ../../nbs/26_your_own_pictures.ipynb #836c1ca8
+# %% ../../nbs/26_your_own_pictures.ipynb #5706c25f
 def copies(
     made: Tensor,     # features of generated pictures (M, width), as of `quality.features`
     train: Tensor,    # of the pictures that the model was trained on (N, width)
     held: Tensor,     # of pictures that it never saw (K, width)
 ) -> tuple[list[int], list[float], float]:
     """For each generated picture its nearest training picture and the distance, 1 - cosine; and how near a
-    held-out picture comes to a training picture at the most. Nearer than that is not chance."""
+    held-out picture comes to a training picture at the most. What is nearer than that deserves a look."""
     which, cosine = nearest(made, train)
     return which, [1 - c for c in cosine], 1 - max(nearest(held, train)[1])
 
