@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow times bench site serve save lock clean
+.PHONY: help course test test-slow times bench bench-gpu site serve save lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ times: $(READY)  ## measure how long each lesson runs, which the site shows: 12 
 
 bench: $(READY)  ## how fast the networks by hand are beside the library's: 15 min on an idle machine
 	@$(PY) bench/by_hand.py $(ARGS)
+
+bench-gpu: $(READY)  ## guided steps a second on a GPU, in Stable Diffusion's shape: under 10 min (ARGS=--small: without one)
+	@$(PY) bench/on_a_gpu.py $(ARGS)
 
 site: $(READY)  ## build the site from the saved notebooks, running none
 	@$(PY) tools/build_docs.py

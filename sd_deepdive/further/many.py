@@ -31,7 +31,7 @@ from ..sampling import make_samples
 from ..scratch.parts import load_parts
 from ..training.loop import accelerator, save_record
 
-# %% ../../nbs/00_many_pictures.ipynb #cacf5b84
+# %% ../../nbs/00_many_pictures.ipynb #f54d2480
 @dataclass(frozen=True)
 class Wish:
     "One picture to be drawn. TypeError or ValueError for no text, control characters, or no seed."
@@ -43,7 +43,7 @@ class Wish:
         for name in ('prompt', 'negative_prompt'):
             text, = texts(name, [getattr(self, name)])
             if any(unicodedata.category(char) in ('Cc', 'Cs') for char in text):
-                raise ValueError(f'{name}={text!r} holds a control character. Give one line of text, without tabs.')
+                raise ValueError(f'{name}={text!r} holds a control character. Give one line, without tabs.')
         if not self.prompt.strip(): raise ValueError('prompt is empty. Give a text.')
         whole_number('seed', self.seed, 0, 2**64 - 1)
 
@@ -57,7 +57,7 @@ def number_wishes(
     first = whole_number('seed', seed, 0, 2**63)
     return [Wish(prompt, first + i, negative_prompt) for i, prompt in enumerate(texts('prompts', prompts))]
 
-# %% ../../nbs/00_many_pictures.ipynb #d934a9eb
+# %% ../../nbs/00_many_pictures.ipynb #ca8a578a
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     "Lines and their numbers from 1; empty ones at the end are left out."
     return enumerate(text.rstrip('\n').split('\n'), 1)
@@ -72,10 +72,12 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict]]:
     for n, line in _lines(text):
         try: row = json.loads(line)
         except ValueError: row = None
-        if not isinstance(row, dict): raise ValueError(f'line {n} is no JSON object. Write {{"prompt": "..."}}.')
+        if not isinstance(row, dict):
+            raise ValueError(f'line {n} is no JSON object. Write {{"prompt": "..."}}.')
         yield n, row
 
-READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(text)), '.csv': _csv_rows, '.jsonl': _json_rows}
+READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(text)),
+           '.csv': _csv_rows, '.jsonl': _json_rows}
 
 def _wish(row: dict, seed: int) -> Wish:
     "The wish of a row; `seed` is for one that names none. TypeError or ValueError for a row that is none."
@@ -89,14 +91,15 @@ def _wish(row: dict, seed: int) -> Wish:
         own = int(own)
     return Wish(given.get('prompt', ''), own, given.get('negative_prompt', ''))
 
-# %% ../../nbs/00_many_pictures.ipynb #1c934c50
+# %% ../../nbs/00_many_pictures.ipynb #463a8232
 def read_wishes(
     file: str | Path,  # .txt, .csv or .jsonl, in UTF-8
     seed: int = 0,     # of the first, where the file names none
 ) -> list[Wish]:
     "The wishes of a file. ValueError names the file, the line and what is wrong with it."
     file, first = Path(file), whole_number('seed', seed, 0, 2**63)
-    if file.suffix not in READERS: raise ValueError(f'{file} ends in none of {", ".join(READERS)}. Rename it.')
+    if file.suffix not in READERS:
+        raise ValueError(f'{file} ends in none of {", ".join(READERS)}. Rename it.')
     try: rows = [*READERS[file.suffix](file.read_text(encoding='utf-8-sig'))]
     except (OSError, ValueError, csv.Error) as e:
         raise ValueError(f'{file} cannot be read: {getattr(e, "strerror", None) or e}') from None
@@ -147,11 +150,11 @@ def is_drawn(
                              'Give another folder, or the list that it was drawn from.')
     return True
 
-# %% ../../nbs/00_many_pictures.ipynb #f167aa36
+# %% ../../nbs/00_many_pictures.ipynb #63835947
 def fingerprint(
     parts: Parts,
 ) -> str:
-    "Twelve hex digits from up to 64 numbers of each weight and from the scheduler's config: another model has others."
+    "Twelve hex digits from 64 numbers of each weight and the scheduler's config: another model has others."
     digest = hashlib.sha256(repr(sorted(parts.scheduler.config.items())).encode())
     for network in (parts.text_encoder, parts.unet, parts.vae):
         for weight in network.parameters():
@@ -159,9 +162,9 @@ def fingerprint(
             digest.update(some.float().cpu().numpy().tobytes())
     return digest.hexdigest()[:12]
 
-# %% ../../nbs/00_many_pictures.ipynb #c956b72b
+# %% ../../nbs/00_many_pictures.ipynb #e0f8a4f9
 def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None, width: int | None) -> dict:
-    "What all pictures of a run share. TypeError or ValueError for numbers that are none; `make_samples` checks the size."
+    "What all pictures of a run share. TypeError or ValueError for numbers that are none."
     return dict(model=str(model), fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
                 g=real_number('g', g), steps=whole_number('steps', steps, 1), height=height or parts.side,
                 width=width or parts.side, dtype=str(parts.dtype).removeprefix('torch.'))
@@ -175,20 +178,22 @@ def _claim(folder: Path, settings: dict) -> None:
         elif any(file.name!='run.part' for file in folder.iterdir()):
             raise ValueError(f'{folder} holds files and no run.json. Give an empty folder, or a new one.')
         else: save_record(record, **settings)
-    except OSError as e: raise ValueError(f'{folder} cannot be used: {e.strerror}. Give another folder.') from None
+    except OSError as e:
+        raise ValueError(f'{folder} cannot be used: {e.strerror}. Give another folder.') from None
     except json.JSONDecodeError: raise ValueError(f'{record} is damaged. Give another folder.') from None
     if differ := [f'{k}={go_on.get(k)!r}, wanted is {v!r}' for k, v in settings.items() if go_on.get(k)!=v]:
-        raise ValueError(f'{folder} holds another run: {"; ".join(differ)}. Give another folder, or the settings of that run.')
+        raise ValueError(f'{folder} holds another run: {"; ".join(differ)}. '
+                         'Give another folder, or the settings of that run.')
 
-# %% ../../nbs/00_many_pictures.ipynb #3aab6355
+# %% ../../nbs/00_many_pictures.ipynb #cf9f5d3e
 def _todo(folder: Path, wishes: Sequence[Wish], settings: dict, acc: Accelerator) -> tuple[list, int]:
-    "This process' wishes that are not drawn yet, each with its file and what the file says; and how many it has in all."
+    "This process' wishes not drawn yet, each with its file and what that says; and how many it has in all."
     same = {name: settings[name] for name in ('model', 'fingerprint', 'scheduler', 'g', 'steps')}
     mine = [(wish, picture_file(folder, i), asdict(wish) | same) for i, wish in enumerate(wishes)]
     mine = mine[acc.process_index::acc.num_processes]
     return [(wish, file, about) for wish, file, about in mine if not is_drawn(file, about)], len(mine)
 
-# %% ../../nbs/00_many_pictures.ipynb #06172d15
+# %% ../../nbs/00_many_pictures.ipynb #64b0b95c
 def draw_many(
     parts: Parts,               # a pipeline will do too
     wishes: Sequence[Wish],     # from `read_wishes` or `number_wishes`
@@ -201,7 +206,7 @@ def draw_many(
     model: str = '',            # the model's name, for the record
     acc: Accelerator | None = None,   # which of several processes this is; default: as it was started
 ) -> list[Path]:
-    """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there. The files that were
+    """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
     parts, acc, folder = take_apart(parts), acc or accelerator(), Path(folder)
     if wrong := [w for w in wishes if not isinstance(w, Wish)]:
@@ -213,18 +218,19 @@ def draw_many(
         except ValueError as e: problem = e
     if problem: raise problem     # on each process, and none waits for another
     todo, share = _todo(folder, wishes, settings, acc)
-    bar = tqdm(total=share, initial=share - len(todo), desc=f'process 1 of {acc.num_processes}', unit='picture',
-               delay=20, disable=not acc.is_main_process)
+    bar = tqdm(total=share, initial=share - len(todo), desc=f'process 1 of {acc.num_processes}',
+               unit='picture', delay=20, disable=not acc.is_main_process)
     with bar:
         for batch in chunked(todo, batch_size):
             some, files, abouts = zip(*batch)
-            pixels = make_samples(parts, [w.prompt for w in some], [w.negative_prompt for w in some], g=g, steps=steps,
-                                  seed=[w.seed for w in some], height=height, width=width, batch_size=batch_size)
+            pixels = make_samples(parts, [w.prompt for w in some], [w.negative_prompt for w in some], g=g,
+                                  seed=[w.seed for w in some], steps=steps, height=height, width=width,
+                                  batch_size=batch_size)
             for file, p, about in zip(files, pixels, abouts): write_picture(file, make_img(p), about)
             bar.update(len(batch))
     return [file for _, file, _ in todo]
 
-# %% ../../nbs/00_many_pictures.ipynb #d9d46404
+# %% ../../nbs/00_many_pictures.ipynb #c13ce290
 @call_parse
 def draw_file(
     prompts: Path = Path('captions.txt'),  # .txt, .csv or .jsonl: one picture a line
@@ -241,5 +247,6 @@ def draw_file(
     wishes, acc = read_wishes(prompts, seed), accelerator()
     parts = load_parts(model, acc.device)
     drawn = draw_many(parts, wishes, folder, g, steps, height, width, batch_size, model, acc)
-    print(f'process {acc.process_index + 1} of {acc.num_processes}: {len(drawn)} drawn, the rest of its share was there')
+    me = f'process {acc.process_index + 1} of {acc.num_processes}'
+    print(f'{me}: {len(drawn)} drawn, the rest of its share was there')
     acc.end_training()
