@@ -9,24 +9,25 @@ __all__ = ['noise_in', 'after_step', 'loss_gradient', 'steer', 'colour_loss', 'c
            'inpaint', 'wider', 'parse_weights', 'token_weights', 'weighted_text', 'guided_between', 'rescale',
            'rescaled', 'KeepText', 'rescale_x0']
 
-# %% ../../nbs/24_steer_it.ipynb #9429c55d
+# %% ../../nbs/24_steer_it.ipynb #822b1df2
+import numpy as np
+import re
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from collections.abc import Callable, Sequence
-from torch import Tensor
-from ..checks import real_number, texts
+from ..checks import real_number, side as fitting_side, texts, whole_number, whole_numbers
+from ..guidance import guide
+from ..images import on_colour
+from ..latents import latents2pil, pil2latent
 from ..parts import Parts, take_apart
-from ..prediction import predict_x0
-from ..sampling import Step
-from ..schedule import alpha_bar_at
-from ..training.clip import Clip, token_ids
-
-# %% ../../nbs/24_steer_it.ipynb #15e03532
-import torch
-from torch import Tensor
-from ..checks import whole_number
-from ..parts import Parts, take_apart
-from ..sampling import start_latents
+from ..prediction import predict_noise, predict_x0
+from ..sampling import Step, denoise, make_noise, start_latents
 from ..schedule import alpha_bar_at, begin, sigma_at
+from ..text import text_enc
+from ..training.clip import Clip, token_ids
+from torch import Tensor
+from tqdm.auto import tqdm
 
 # %% ../../nbs/24_steer_it.ipynb #e33e3bf3
 def _holds_larger(parts: Parts) -> bool:
@@ -135,21 +136,6 @@ def layout_loss(
         return ((1 - pixels).square().mean(1)*outside.to(pixels)).sum((1, 2))/outside.sum().item()
     return loss
 
-# %% ../../nbs/24_steer_it.ipynb #284efc29
-import numpy as np
-import torch
-import torch.nn.functional as F
-from collections.abc import Sequence
-from PIL import Image
-from torch import Tensor
-from ..checks import side as fitting_side, texts, whole_number, whole_numbers
-from ..images import on_colour
-from ..latents import latents2pil, pil2latent
-from ..parts import Parts, take_apart
-from ..sampling import denoise, make_noise, start_latents
-from ..text import text_enc
-from tqdm.auto import tqdm
-
 # %% ../../nbs/24_steer_it.ipynb #230e1c73
 def mask2latent(
     parts: Parts,
@@ -215,14 +201,6 @@ def wider(
     canvas.paste(on_colour(image), (left, top)); mask.paste(0, (left, top, left + image.width, top + image.height))
     return canvas, mask
 
-# %% ../../nbs/24_steer_it.ipynb #f37e7c70
-import re
-import torch
-from collections.abc import Callable, Sequence
-from torch import Tensor
-from ..parts import Parts, take_apart
-from ..text import text_enc
-
 # %% ../../nbs/24_steer_it.ipynb #6cfb6420
 def parse_weights(
     prompt: str,   # with weights, such as "octopus, (3d:1.3) style"
@@ -272,17 +250,6 @@ def weighted_text(
         return h + sum((w - 1)*(h - text_enc(parts, _without(plain, a, b))) for a, b, w in spans)
     weights = token_weights(parts.tokenizer, plain, spans, h.shape[1]).to(h)[None, :, None]
     return h*weights if way=='scale' else text_enc(parts, '').lerp(h, weights)
-
-# %% ../../nbs/24_steer_it.ipynb #213b88f0
-import torch
-from collections.abc import Callable
-from torch import Tensor
-from ..checks import real_number
-from ..guidance import guide
-from ..parts import Parts, take_apart
-from ..prediction import predict_noise, predict_x0
-from ..sampling import Step
-from ..schedule import alpha_bar_at, sigma_at
 
 # %% ../../nbs/24_steer_it.ipynb #0035d3b7
 def guided_between(
