@@ -1,5 +1,5 @@
 """What the tests share: nbdev's configuration, the notebooks, the built site and a browser."""
-import functools, http.server, json, os, shutil, subprocess, sys, threading
+import functools, http.server, json, os, shutil, subprocess, sys, threading, traceback
 from pathlib import Path
 
 import pytest
@@ -44,6 +44,26 @@ def other(tmp_path_factory):
     folder = tmp_path_factory.mktemp('other')
     untrained(width=32, unet=(16, 32, 32), vae=(8, 16, 16), side=16, scaling_factor=.3).save_pretrained(folder)
     return folder
+
+
+def apart(test):
+    "The test in a process forked from this one, so that what a notebook leaves in memory goes with it."
+    @functools.wraps(test)
+    def run(*args, **kw):
+        import sd_deepdive.models  # noqa: F401  with the heavy libraries, so that no child has to load them
+        end, start = os.pipe()
+        if not (pid := os.fork()):
+            said = ''
+            try: test(*args, **kw)
+            except BaseException: said = traceback.format_exc()[-9000:]
+            os.write(start, said.encode())
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(1 if said else 0)
+        os.close(start)
+        with os.fdopen(end) as f: said = f.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert status == 0, said or f'the process of the notebook ended with {status}'
+    return run
 
 
 def find_chromium():

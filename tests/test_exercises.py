@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from conftest import CFG, NBS
+from conftest import CFG, NBS, apart
 from execnb.shell import CaptureShell
 from fastcore.nbio import read_nb
 
@@ -20,6 +20,7 @@ def exercises(nb):
 
 
 @pytest.mark.parametrize('nb', [nb for nb in NBS if list(exercises(nb))], ids=lambda p: p.name)
+@apart
 def test_exercises(nb):
     "Run the lesson, then each exercise as a reader would: unsolved, solved."
     shell = CaptureShell(CFG.nbs_path)

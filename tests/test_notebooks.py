@@ -2,7 +2,7 @@
 import os, socket
 
 import pytest
-from conftest import CFG, NBS
+from conftest import CFG, NBS, apart
 from nbdev.test import test_nb as run_notebook
 
 run_notebook.__test__ = False
@@ -18,6 +18,7 @@ def offline(monkeypatch):
 
 
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.name)
+@apart
 def test_notebook(nb, offline, capfd):
     "Every cell runs and every assert in it holds, with no network."
     ok, _ = run_notebook(nb, skip_flags=CFG.tst_flags.split(), force_flags=FLAGS, basepath=CFG.config_path, cell_timeout=TIMEOUT)

@@ -2,7 +2,7 @@
 import re
 
 import pytest
-from conftest import CFG, NBS
+from conftest import CFG, NBS, apart
 from test_notebooks import run_notebook
 
 LESSONS = [nb for nb in NBS if re.match(r'(0[1-9]|1[0-7]|23)_', nb.name)]
@@ -10,6 +10,7 @@ CHOICE = "model = 'embedded'   # or"
 
 
 @pytest.mark.parametrize('nb', LESSONS, ids=lambda p: p.name)
+@apart
 def test_one_changed_name(nb, other, tmp_path, capfd):
     "With one changed name every cell runs, and every assert in it holds."
     source = nb.read_text()

@@ -41,7 +41,7 @@ class Cells:
 def cells_of(
     caption: str,
 ) -> Cells:
-    "What a caption asks for. ValueError if it is not one of `Cells.caption`."
+    "What a caption asks for. ValueError if it is not one that `Cells` has."
     words = caption.replace(',', ' ').split()
     try: found = Cells(NUMBERS.index(words[0]) + 1, words[1], words[2], words[-1]=='dividing')
     except (ValueError, IndexError): found = None

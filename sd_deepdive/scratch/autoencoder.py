@@ -136,7 +136,8 @@ class Encoder(nn.Module):
         super().__init__()
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
-        self.down_blocks = levels(widths, config.layers_per_block, groups, lambda c: Downsample(c, 0))
+        self.down_blocks = levels(
+            widths, config.layers_per_block, groups, lambda c: Downsample(c, padding=0))
         self.mid_block = Middle(widths[-1], groups, config.mid_block_add_attention)
         self.conv_norm_out = nn.GroupNorm(groups, widths[-1], EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2*config.latent_channels, 3, padding=1)

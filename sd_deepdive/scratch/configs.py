@@ -62,7 +62,7 @@ SHARES = ['beta_start', 'beta_end', 'eta']
 def check_sizes(
     config: dict,  # its fields, each of its usual kind
 ):
-    "ValueError if lists differ in length, channels cannot be shared out evenly, or a share is none."
+    "ValueError if lists differ in length, channels are not shared out evenly, or a share is none."
     levels = {name: len(value) for name, value in config.items() if isinstance(value, list)}
     if len(set(levels.values()))>1:
         raise ValueError(f'These lists differ in length: {levels}. Give one entry for each level.')
