@@ -8,17 +8,17 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checks.html.md"""
 __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'texts', 'pair_up', 'pair_wishes', 'enough_memory']
 
 # %% ../nbs/00_checks.ipynb #3f528517
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from math import isfinite
 from numbers import Integral, Real
 
 # %% ../nbs/00_checks.ipynb #df60f850
 def whole_number(
-    name: str,               # of the argument
-    value,                   # what was given for it
-    least: int,
-    most: int | None = None, # default: no limit
+    name: str,                 # of the argument
+    value: object,             # what was given for it
+    least: int,                # the smallest that is allowed
+    most: int | None = None,   # default: no limit
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is out of range."
     if isinstance(value, bool) or not isinstance(value, Integral):
@@ -30,10 +30,10 @@ def whole_number(
 
 # %% ../nbs/00_checks.ipynb #dae43c4d
 def whole_numbers(
-    name: str,  # of the argument
-    value,      # one or several
-    least: int,
-    most: int | None = None,  # default: no limit
+    name: str,                 # of the argument
+    value: object,             # one or several
+    least: int,                # the smallest that is allowed
+    most: int | None = None,   # default: no limit
 ) -> list[int]:
     "The values as a list of ints. Errors as `whole_number`; ValueError if there is none."
     one = not isinstance(value, Iterable) or isinstance(value, str | bytes) or getattr(value, 'ndim', 1)==0
@@ -43,8 +43,8 @@ def whole_numbers(
 
 # %% ../nbs/00_checks.ipynb #e5f1d0ec
 def real_number(
-    name: str,    # of the argument
-    value,        # what was given for it
+    name: str,       # of the argument
+    value: object,   # what was given for it
 ) -> float:
     "The value as a float. TypeError if it is not a number, ValueError if it is infinite or not a number (nan)."
     if isinstance(value, bool) or not isinstance(value, Real):
@@ -54,9 +54,9 @@ def real_number(
 
 # %% ../nbs/00_checks.ipynb #b4207d5a
 def side(
-    name: str,    # of the argument
-    value,        # pixels
-    factor: int,  # pixels for one latent, along a side
+    name: str,       # of the argument
+    value: object,   # pixels
+    factor: int,     # pixels for one latent, along a side
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is no multiple of the factor."
     pixels = whole_number(name, value, factor)
@@ -67,8 +67,8 @@ def side(
 
 # %% ../nbs/00_checks.ipynb #c392bcf1
 def texts(
-    name: str,  # of the argument
-    value,      # one text or several
+    name: str,       # of the argument
+    value: object,   # one text or several
 ) -> list[str]:
     "The texts as a list. TypeError if one is not a string, ValueError if there is none."
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
@@ -90,11 +90,11 @@ def pair_up(
 
 # %% ../nbs/00_checks.ipynb #71094c75
 def pair_wishes(
-    prompt,             # one or several
-    seeds,              # likewise
-    negative_prompt,    # likewise, or None
-    names: tuple[str, str, str] = ('prompt', 'seeds', 'negative_prompt'), # of the caller's arguments
-    **more: list,       # what else pairs up with them
+    prompt: object,            # one or several
+    seeds: object,             # likewise
+    negative_prompt: object,   # likewise, or None
+    names: tuple[str, str, str] = ('prompt', 'seeds', 'negative_prompt'),  # of the caller's arguments
+    **more: list,              # what else pairs up with them
 ) -> list[list]:
     "Prompts, seeds, negative prompts and more, all as long as the longest. TypeError or ValueError for what is none."
     of_prompt, of_seeds, of_negative = names
@@ -105,8 +105,8 @@ def pair_wishes(
 # %% ../nbs/00_checks.ipynb #878f454b
 @contextmanager
 def enough_memory(
-    lower: str, # what to change when there is not
-):
+    lower: str,   # what to change when there is not
+) -> Iterator[None]:
     """Turn torch's out-of-memory errors, on any device, into a MemoryError that says what to lower. Of two, one
     within the other, the outer one speaks: it knows what the caller asked for."""
     try: yield

@@ -43,8 +43,8 @@ def read_drawings(
 
 # %% ../nbs/00_drawings.ipynb #5a1c0e10
 def write_drawings(
-    drawings: Sequence[Drawing],
-    path: Path,
+    drawings: Sequence[Drawing],   # in the order in which they are read again
+    path: Path,                    # of the zip
 ) -> None:
     "Pack drawings, lossless, and what is known of them, into a zip: as a whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -68,8 +68,8 @@ def still(
 
 # %% ../nbs/00_explore.ipynb #d8f2dc9b
 def explore_guidance(
-    parts: Parts | StableDiffusionPipeline,
-    prompt: str = 'tulip, twemoji style',
+    parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
+    prompt: str = 'tulip, twemoji style',  # to begin with
 ) -> widgets.VBox:
     "A prompt, a negative prompt, the guidance scale, the number of steps, a seed. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')    # the nearest to the end with 10 steps: lesson 08
@@ -80,9 +80,9 @@ def explore_guidance(
 
 # %% ../nbs/00_explore.ipynb #29dc3f44
 def explore_strength(
-    parts: Parts | StableDiffusionPipeline,
-    prompt: str = 'strawberry, 3d style',
-    steps: int = 20,
+    parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
+    prompt: str = 'strawberry, 3d style',  # to begin with
+    steps: int = 20,   # of a whole run
 ) -> widgets.VBox:
     "A drawing to start from (shown on the left), a prompt, the strength, a seed. DDIM steps."
     parts = with_scheduler(parts, 'DDIM')
@@ -97,9 +97,9 @@ def explore_strength(
 
 # %% ../nbs/00_explore.ipynb #3bbb1a65
 def explore_film(
-    parts: Parts | StableDiffusionPipeline,
-    prompt: str = 'octopus, 3d style',
-    steps: int = 20,
+    parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
+    prompt: str = 'octopus, 3d style',   # to begin with
+    steps: int = 20,                     # of a whole run
 ) -> widgets.VBox:
     "A prompt, a seed, and a step to look at: the noisy latents on the left, the picture they are taken for on the right."
     parts = take_apart(parts)
@@ -115,9 +115,9 @@ def explore_film(
 
 # %% ../nbs/00_explore.ipynb #d13cdd1e
 def explore_mixing(
-    parts: Parts | StableDiffusionPipeline,
-    first: str = 'strawberry, 3d style',
-    second: str = 'octopus, 3d style',
+    parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
+    first: str = 'strawberry, 3d style',  # a prompt to begin with
+    second: str = 'octopus, 3d style',   # the other
 ) -> widgets.VBox:
     "Two prompts, the share of the second in the hidden states, a seed, the number of steps. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')
@@ -131,8 +131,8 @@ def explore_mixing(
 
 # %% ../nbs/00_explore.ipynb #e8000e9a
 def explore_schedulers(
-    parts: Parts | StableDiffusionPipeline,
-    prompt: str = 'house, twemoji style',
+    parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
+    prompt: str = 'house, twemoji style',  # to begin with
 ) -> widgets.VBox:
     "A scheduler, the number of steps, a prompt, a seed."
     parts = take_apart(parts)
@@ -153,9 +153,9 @@ def _watched(parts: Parts, prompt: str, seed: int, steps: int) -> tuple[list, li
 
 # %% ../nbs/00_explore.ipynb #8740d11e
 def explore_attention(
-    parts: Parts | StableDiffusionPipeline,
-    prompt: str = 'octopus, 3d style, on a yellow background',
-    steps: int = 20,
+    parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
+    prompt: str = 'octopus, 3d style, on a yellow background',  # to begin with
+    steps: int = 20,   # of a whole run
 ) -> widgets.VBox:
     """A prompt, one of its tokens, a step, a seed: on the left what the UNet has in mind, on the right where the
     token is looked at, in the finest layers; words are compared among themselves. DDIM steps."""

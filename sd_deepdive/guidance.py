@@ -40,7 +40,7 @@ def guide(
 # %% ../nbs/02_guidance.ipynb #3c383f1b
 @contextmanager
 def watch_unet(
-    pipe,  # a pipeline, parts, or anything else with a `unet`
+    pipe: object,   # a pipeline, parts, or anything else with a `unet`
 ) -> Iterator[list[Tensor]]:
     """While open, collect what the UNet predicts: one tensor for each call, (rows, channels, height, width).
     TypeError if there is no `unet`."""

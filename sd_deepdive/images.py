@@ -88,11 +88,11 @@ def image_grid(
 
 # %% ../nbs/00_images.ipynb #578a7e46
 def show_images(
-    images: Sequence[Image.Image],        # PIL pictures; sizes may differ
-    titles: Sequence | None = None,       # one for each picture, of any kind
-    rows: int | None = None,              # as in `image_grid`
-    cols: int | None = None,
-    scale: int = 1,                       # screen pixels for each pixel of the largest picture
+    images: Sequence[Image.Image],    # PIL pictures; sizes may differ
+    titles: Sequence | None = None,   # one for each picture, of any kind
+    rows: int | None = None,          # as in `image_grid`
+    cols: int | None = None,          # likewise
+    scale: int = 1,                   # screen pixels for each pixel of the largest picture
 ) -> Figure:
     "A figure of pictures with titles above them, each pixel a square of `scale` pixels. ValueError as `image_grid`."
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
@@ -137,10 +137,10 @@ def mean_difference(
 
 # %% ../nbs/00_images.ipynb #40645af2
 def fit_picture(
-    image: Image.Image,     # any mode, any size
-    width: int,             # pixels
-    height: int,
-    colour: str = 'white',  # what shows through where it is transparent
+    image: Image.Image,      # any mode, any size
+    width: int,              # pixels
+    height: int,             # likewise
+    colour: str = 'white',   # what shows through where it is transparent
 ) -> Image.Image:
     "The picture as RGB of exactly this size: turned upright, scaled to cover it, cut at the edges, never stretched."
     whole_number('width', width, 1); whole_number('height', height, 1)

@@ -43,8 +43,8 @@ def img2img_pipeline(
 
 # %% ../nbs/03_image_to_image.ipynb #6aa1e9b3
 def skipped_steps(
-    strength: float,          # 0 to 1
-    num_inference_steps: int,
+    strength: float,            # 0 to 1
+    num_inference_steps: int,   # of a run that skips none
 ) -> int:
     "How many of the first steps a strength leaves out. ValueError if none is left, or if not in 0 to 1."
     whole_number('num_inference_steps', num_inference_steps, 1)
@@ -72,15 +72,15 @@ def _start(image: Image.Image, side: int) -> Image.Image:
 
 # %% ../nbs/03_image_to_image.ipynb #0865c099
 def image_to_image(
-    pipe: StableDiffusionPipeline,       # from `load_pipeline`
-    prompt: str | Sequence[str],         # one prompt, or one for each picture
-    init_image: Image.Image,             # any mode, any size; the longer side is cut
-    strength: float = .8,                # the share of the steps that run: small ones change little, 1 most
-    seeds: int | Sequence[int] = 0,      # one seed, or one for each picture
-    num_inference_steps: int = 25,       # of which the first are left out
-    guidance_scale: float = 3.,
-    negative_prompt: str | Sequence[str] | None = None,
-    batch_size: int = 8,                 # pictures computed at a time
+    pipe: StableDiffusionPipeline,    # from `load_pipeline`
+    prompt: str | Sequence[str],      # one prompt, or one for each picture
+    init_image: Image.Image,          # any mode, any size; the longer side is cut
+    strength: float = .8,             # the share of the steps that run: small ones change little, 1 most
+    seeds: int | Sequence[int] = 0,   # one seed, or one for each picture
+    num_inference_steps: int = 25,    # of which the first are left out
+    guidance_scale: float = 3.,       # how strictly the prompt is followed
+    negative_prompt: str | Sequence[str] | None = None,  # what should not be seen
+    batch_size: int = 8,              # pictures computed at a time
 ) -> list[Image.Image]:
     """A picture for each prompt and seed, from one start. Meng et al. 2021, arXiv:2108.01073.
     ValueError or TypeError for a wrong argument, MemoryError where the memory is not enough."""

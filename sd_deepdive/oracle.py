@@ -27,7 +27,7 @@ class NoiseOracle(nn.Module):
 
 # %% ../nbs/11_variations.ipynb #3f3af3db
 def with_oracle(
-    parts: Parts,
+    parts: Parts,    # of a model; a pipeline will do too
     noise: Tensor,   # (B, 4, h, w), the noise that will have been added
 ) -> Parts:
     "The same parts with a UNet that knows the noise. TypeError or ValueError for what are no latents."
@@ -55,12 +55,12 @@ def mixture(
 
 # %% ../nbs/11_variations.ipynb #4cb441dc
 def walk_down(
-    parts: Parts,
-    x0: Tensor,                    # (1, 4, h, w), latents of a picture to start from
-    num_inference_steps: int,
-    start_step: int = 0,           # the first step that is run
-    noised_for: int | None = None, # the step whose noise is added; default: the same, as it should be
-    seed: int = 0,
+    parts: Parts,                    # of a model; a pipeline will do too
+    x0: Tensor,                      # (1, 4, h, w), latents of a picture to start from
+    num_inference_steps: int,        # of a run that leaves none out
+    start_step: int = 0,             # the first step that is run
+    noised_for: int | None = None,   # the step whose noise is added; default: the same, as it should be
+    seed: int = 0,                   # of the noise
 ) -> tuple[float, float]:
     """The weights of picture and noise at the end of the loop, with a UNet that is never wrong.
     TypeError or ValueError for what are no latents."""

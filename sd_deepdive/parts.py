@@ -62,7 +62,7 @@ def scaling_factor(self: Parts) -> float:
 
 # %% ../nbs/05_latent_diffusion.ipynb #409bf384
 def take_apart(
-    pipe,        # from `load_pipeline`; parts are given back as they are
+    pipe: object,   # from `load_pipeline`; parts are given back as they are
 ) -> Parts:
     "The parts of a pipeline. They are not copied. TypeError for anything else."
     names = [f.name for f in fields(Parts)]

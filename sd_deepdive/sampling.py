@@ -27,10 +27,10 @@ from .text import text_enc
 
 # %% ../nbs/10_loop.ipynb #11b035d4
 def make_noise(
-    parts: Parts,
+    parts: Parts,                 # of a model; a pipeline will do too
     seeds: int | Sequence[int],   # one for each picture
     height: int | None = None,    # pixels; default: what the model was trained for
-    width: int | None = None,
+    width: int | None = None,     # likewise
 ) -> Tensor:
     "Normal noise (B, 4, h, w), one generator for each picture: the same to the bit alone and in a batch."
     parts = take_apart(parts)
@@ -70,11 +70,11 @@ def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, g
 
 # %% ../nbs/10_loop.ipynb #0523ae15
 def start_latents(
-    parts: Parts,
-    noise: Tensor,               # (B, 4, h, w), from `make_noise`
-    num_inference_steps: int,
-    init: Tensor | None = None,  # latents of a picture to start from; default: none, begin with noise alone
-    start_step: int = 0,         # how many steps to leave out
+    parts: Parts,                 # of a model; a pipeline will do too
+    noise: Tensor,                # (B, 4, h, w), from `make_noise`
+    num_inference_steps: int,     # how often the UNet is asked, of a run that leaves none out
+    init: Tensor | None = None,   # latents of a picture to start from; default: none, begin with noise alone
+    start_step: int = 0,          # how many steps to leave out
 ) -> Tensor:
     """What the loop begins with at `start_step`: noise as large as the scheduler wants it, or a picture with that
     much noise. ValueError for a step that is none, a start_step with no picture, or two shapes; TypeError for what is no tensor."""
@@ -90,11 +90,11 @@ def start_latents(
 
 # %% ../nbs/10_loop.ipynb #7ee24d80
 def read_texts(
-    parts: Parts,
+    parts: Parts,            # of the model that reads
     text: Tensor,            # (B, 77, D), hidden states of the prompts
     uncond: Tensor | None,   # (B, 77, D), of the empty or the negative prompts
-    guidance_scale: float | None = None,   # g; default: one that needs both
-):
+    guidance_scale: float | None = None,  # g; default: one that needs both
+) -> Tensor | dict:
     """The texts of the passes that g needs, one below the other. A UNet that can read them ahead, as the one of
     lesson 15 can, does so: its keys and values of the words are the same at every step."""
     texts = text if guidance_scale==1 else uncond if guidance_scale==0 else torch.cat([uncond, text])
@@ -102,13 +102,13 @@ def read_texts(
 
 # %% ../nbs/10_loop.ipynb #f509da6c
 def ask_unet(
-    parts: Parts,
+    parts: Parts,            # of the model that is asked
     x_t: Tensor,             # (B, 4, h, w), noisy latents
     t: Tensor,               # their time
     text: Tensor,            # (B, 77, D), hidden states of the prompts
     uncond: Tensor | None,   # (B, 77, D), of the empty or the negative prompts; not needed if g = 1
     guidance_scale: float,   # g
-    words=None,              # what `read_texts` made of them, where they are asked about again and again
+    words: Tensor | dict | None = None,  # what `read_texts` made of them, where they are asked about again and again
     combine: Callable[[Tensor, Tensor, float], Tensor] = guide,  # makes one of two predictions and g
 ) -> Tensor:
     """The guided noise. Only the passes that g needs are computed: the text alone for 1, uncond alone for 0,
@@ -143,13 +143,13 @@ def scales_at(
 # %% ../nbs/10_loop.ipynb #207abb75
 @torch.no_grad()
 def denoise(
-    parts: Parts,
-    latents: Tensor,               # (B, 4, h, w), from `start_latents`
-    text: Tensor,                  # (B, 77, D), from `text_enc`
-    uncond: Tensor | None = None,  # (B, 77, D), of the empty or the negative prompts; not needed for g = 1
+    parts: Parts,                    # of a model; a pipeline will do too
+    latents: Tensor,                 # (B, 4, h, w), from `start_latents`
+    text: Tensor,                    # (B, 77, D), from `text_enc`
+    uncond: Tensor | None = None,    # (B, 77, D), of the empty or the negative prompts; not needed for g = 1
     guidance_scale: float | Callable[[float], float] = 3.,  # or a function of the time
-    num_inference_steps: int = 25,
-    start_step: int = 0,           # how many steps to leave out, for a start from a picture
+    num_inference_steps: int = 25,   # how often the UNet is asked, if no step is left out
+    start_step: int = 0,             # how many steps to leave out, for a start from a picture
     combine: Callable[[Tensor, Tensor, float], Tensor] = guide,  # makes one of two predictions and g
 ) -> Iterator[Step]:
     """The loop: ask the UNet, let the scheduler step, yield, again. Ho et al. 2020, arXiv:2006.11239, algorithm 2.
@@ -202,17 +202,17 @@ def _check_request(init_img, start_step: int, g, steps: int, size: tuple, batch_
 # %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
 def make_samples(
-    parts: Parts,
-    prompts: str | Sequence[str],              # one, or one for each picture
-    negative_prompt: str | Sequence[str] = '', # likewise
+    parts: Parts,                    # of a model; a pipeline will do too
+    prompts: str | Sequence[str],    # one, or one for each picture
+    negative_prompt: str | Sequence[str] = '',  # likewise
     init_img: Image.Image | Sequence[Image.Image] | None = None,  # start from pictures instead of pure noise
-    start_step: int = 0,                       # how many steps to leave out; more keep more of `init_img`
+    start_step: int = 0,             # how many steps to leave out; more keep more of `init_img`
     g: float | Callable[[float], float] = 3.,  # guidance scale, or a function of the time
-    seed: int | Sequence[int] = 0,             # one, or one for each picture
-    steps: int = 25,
-    height: int | None = None,                 # pixels; default: of `init_img`, or what the model was trained for
-    width: int | None = None,
-    batch_size: int = 8,                       # pictures computed at a time
+    seed: int | Sequence[int] = 0,   # one, or one for each picture
+    steps: int = 25,                 # how often the UNet is asked, if no step is left out
+    height: int | None = None,       # pixels; default: of `init_img`, or what the model was trained for
+    width: int | None = None,        # likewise
+    batch_size: int = 8,             # pictures computed at a time
 ) -> Tensor:
     """Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed.
     TypeError, ValueError or MemoryError, in words, for what does not fit."""

@@ -51,8 +51,8 @@ def add_noise(
 
 # %% ../nbs/08_noise_schedule.ipynb #9548e8ba
 def sigma_at(
-    scheduler,                   # the library's, or one written by hand
-    t: Tensor | float,           # time, 0 to 999; between two whole numbers too
+    scheduler: object,   # the library's, or one written by hand
+    t: Tensor | float,   # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
     """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64.
     TypeError for no scheduler, ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
@@ -68,8 +68,8 @@ def sigma_at(
 
 # %% ../nbs/08_noise_schedule.ipynb #f920cf12
 def alpha_bar_at(
-    scheduler,                   # the library's, or one written by hand
-    t: Tensor | float,           # time, 0 to 999; between two whole numbers too
+    scheduler: object,   # the library's, or one written by hand
+    t: Tensor | float,   # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
     """The share of the picture in the variance of x_t, alpha-bar = 1/(sigma^2 + 1), float64.
     ValueError as `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
@@ -77,7 +77,7 @@ def alpha_bar_at(
 
 # %% ../nbs/08_noise_schedule.ipynb #61984c57
 def trained(
-    scheduler,   # the library's, or one written by hand
+    scheduler: object,   # the library's, or one written by hand
 ) -> dict:
     "The fields of a scheduler's config that belong to the model. ValueError if its noise levels are of another kind."
     config = scheduler.config
@@ -89,9 +89,9 @@ def trained(
 
 # %% ../nbs/08_noise_schedule.ipynb #245837f3
 def set_timesteps(
-    scheduler,                # the library's, or one written by hand
-    num_inference_steps: int,
-    device: torch.device | str = 'cpu',
+    scheduler: object,          # the library's, or one written by hand
+    num_inference_steps: int,   # how often the UNet is asked
+    device: torch.device | str = 'cpu',  # where the times go
 ) -> torch.Tensor:
     "Let a scheduler choose its times. TypeError or ValueError for a number of steps that it cannot walk."
     most = scheduler.config.num_train_timesteps
@@ -105,10 +105,10 @@ def set_timesteps(
 
 # %% ../nbs/08_noise_schedule.ipynb #33ff7f5b
 def begin(
-    scheduler,                  # the library's, or one written by hand
-    num_inference_steps: int,
+    scheduler: object,          # the library's, or one written by hand
+    num_inference_steps: int,   # how often the UNet is asked, of a run that leaves none out
     start_step: int = 0,        # how many steps to leave out, for a start from a picture
-    device: torch.device | str = 'cpu',
+    device: torch.device | str = 'cpu',  # where the times go
 ) -> tuple:
     "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that are none."
     if not hasattr(type(scheduler), 'from_config'):

@@ -54,9 +54,9 @@ SCHEDULERS = {   # by name: the class, and what it needs beside the noise levels
 
 # %% ../nbs/00_schedulers.ipynb #78dee687
 def with_scheduler(
-    parts: Parts | StableDiffusionPipeline,
-    name: str,      # one of `SCHEDULERS`
-    **options,      # of the scheduler's class, such as use_karras_sigmas=True
+    parts: Parts | StableDiffusionPipeline,  # from `load_pipeline` or `load_parts`
+    name: str,           # one of `SCHEDULERS`
+    **options: object,   # of the scheduler's class, such as use_karras_sigmas=True
 ) -> Parts:
     "The same parts with another scheduler over the same noise levels. ValueError for an unknown name."
     parts = take_apart(parts)

@@ -17,9 +17,9 @@ from .parts import Parts, take_apart
 
 # %% ../nbs/07_text_encoder.ipynb #9b893b6d
 def cut_off(
-    tokenizer: Callable,            # transformers' CLIPTokenizer, or one written by hand
-    prompt: str,
-    max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
+    tokenizer: Callable,             # transformers' CLIPTokenizer, or one written by hand
+    prompt: str,                     # one text
+    max_length: int | None = None,   # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> str:
     "The end of a prompt, as written, that the encoder never sees; empty if it sees all. TypeError: no text."
     if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
@@ -32,9 +32,9 @@ def cut_off(
 # %% ../nbs/07_text_encoder.ipynb #057a2bcf
 @torch.no_grad()
 def text_enc(
-    parts: Parts,
-    prompts: str | Sequence[str],   # one or several
-    max_length: int | None = None,  # tokens; default: what the text encoder reads, 77 in Stable Diffusion
+    parts: Parts,                    # of a model; a pipeline will do too
+    prompts: str | Sequence[str],    # one or several
+    max_length: int | None = None,   # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> Tensor:
     "Hidden states (B, 77, D) of prompts. Warns of what is cut off; TypeError or ValueError for no text."
     parts = take_apart(parts)

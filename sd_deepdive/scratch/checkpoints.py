@@ -9,7 +9,7 @@ __all__ = ['OLD_NAMES', 'name_today', 'weight_files', 'read_weights', 'Network',
 
 # %% ../../nbs/00_checkpoints.ipynb #2deb66b8
 import torch
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
@@ -52,9 +52,9 @@ def weight_files(
 
 # %% ../../nbs/00_checkpoints.ipynb #0035ff6c
 def read_weights(
-    folder: Path,                        # where a network was saved
-    device: torch.device | str = 'cpu',
-    dtype: torch.dtype | None = None,    # default: as they were saved
+    folder: Path,                       # where a network was saved
+    device: torch.device | str = 'cpu',  # where the weights go
+    dtype: torch.dtype | None = None,   # default: as they were saved
 ) -> dict[str, Tensor]:
     """The tensors of a folder by today's names, each converted as it is read. ValueError if there
     are none, a file is damaged, or one weight is there twice, by an old name and by today's."""
@@ -108,7 +108,7 @@ class _NotFilled(TorchFunctionMode):
         return func(*args, **kwargs)
 
 @contextmanager
-def unfilled():
+def unfilled() -> Iterator[None]:
     "What is built inside has shapes and no numbers, and no time is spent on random ones."
     with torch.device('meta'), _NotFilled():
         yield
@@ -126,9 +126,9 @@ def _others(name: str, value, written: dict) -> list:
 
 # %% ../../nbs/00_checkpoints.ipynb #e7b82fe4
 def field_behind(
-    network: 'Network',
-    key: str,            # of a weight
-    shape: tuple,        # that it has in the checkpoint; () if it is not there
+    network: 'Network',   # built from the config
+    key: str,             # of a weight
+    shape: tuple,         # that it has in the checkpoint; () if it is not there
 ) -> str | None:
     "The field of the config that decides whether a weight is there, or about its first wrong size."
     def shape_with(config):
@@ -152,8 +152,8 @@ def field_behind(
 @patch
 def load_weights(
     self: Network,
-    weights: Mapping[str, Tensor], # by name
-):
+    weights: Mapping[str, Tensor],   # by name
+) -> None:
     "Take over weights. ValueError names the first that is missing, unexpected or misshaped."
     own = {key: tuple(v.shape) for key, v in self.state_dict().items()}
     theirs = {key: tuple(v.shape) for key, v in weights.items()}
@@ -177,10 +177,10 @@ def _misfit(self: Network, key: str, own: tuple | None, theirs: tuple | None):
 @patch(cls_method=True)
 def from_pretrained(
     cls: Network,
-    folder: str | Path,                  # of the network: config.json and .safetensors
-    device: torch.device | str = 'cpu',
-    dtype: torch.dtype = torch.float32,
-    memory_format: torch.memory_format = torch.contiguous_format, # or torch.channels_last
+    folder: str | Path,   # of the network: config.json and .safetensors
+    device: torch.device | str = 'cpu',  # where it computes
+    dtype: torch.dtype = torch.float32,  # the precision in which it computes
+    memory_format: torch.memory_format = torch.contiguous_format,  # or torch.channels_last
 ) -> 'Network':
     """A network from its folder. ValueError says which field or weight does not fit, TypeError
     that a precision or a memory format is none."""

@@ -32,10 +32,10 @@ def read_json(
 
 # %% ../../nbs/00_configs.ipynb #d90bf254
 def check_field(
-    name: str,
-    value,     # in a config
-    usual,     # what the field usually holds
-):
+    name: str,       # of the field
+    value: object,   # in a config
+    usual: object,   # what the field usually holds
+) -> object:
     "The value, if it is of the usual kind. TypeError or ValueError if not, with the field's name."
     kind = type(usual)
     if kind is tuple:
@@ -60,8 +60,8 @@ SHARED_OUT = {'norm_num_groups': 'block_out_channels', 'attention_head_dim': 'bl
 SHARES = ['beta_start', 'beta_end', 'eta']
 
 def check_sizes(
-    config: dict,  # its fields, each of its usual kind
-):
+    config: dict,   # its fields, each of its usual kind
+) -> None:
     "ValueError if lists differ in length, channels are not shared out evenly, or a share is none."
     levels = {name: len(value) for name, value in config.items() if isinstance(value, list)}
     if len(set(levels.values()))>1:
@@ -156,8 +156,8 @@ WRITTEN['SchedulerMixin'] = dict(
 
 # %% ../../nbs/00_configs.ipynb #a38bd9b4
 def refuse(
-    options: Mapping, # what a network was called with, beside what it knows
-):
+    options: Mapping,   # what a network was called with, beside what it knows
+) -> None:
     "ValueError for an option of the library's that is not written here and says something."
     for name, value in options.items():
         if value is not None and name not in ('return_dict', 'generator'):

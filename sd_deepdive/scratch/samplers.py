@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from fastcore.basics import patch
+from fastcore.basics import AttrDict, patch
 from torch import Tensor
 from typing import NamedTuple
 from ..checks import whole_number
@@ -25,10 +25,10 @@ from ..seeds import generators
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #b2845757
 def euler_step(
-    x: Tensor,          # x0 + sigma noise
-    noise: Tensor,      # predicted in it
-    sigma: float,
-    sigma_next: float,
+    x: Tensor,           # x0 + sigma noise
+    noise: Tensor,       # predicted in it
+    sigma: float,        # noise level of x
+    sigma_next: float,   # where the step leads
 ) -> Tensor:
     """Straight ahead, x + (sigma' - sigma) noise. Song et al. 2021 (DDIM), arXiv:2010.02502,
     eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1 without its correction."""
@@ -36,12 +36,12 @@ def euler_step(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #f78f5df2
 def ancestral_step(
-    x: Tensor,          # x0 + sigma noise
-    noise: Tensor,      # predicted in it
-    fresh: Tensor,      # noise from a normal distribution
-    sigma: float,
-    sigma_next: float,
-    eta: float = 1.,    # the share of fresh noise: 0 none, 1 as DDPM has it
+    x: Tensor,           # x0 + sigma noise
+    noise: Tensor,       # predicted in it
+    fresh: Tensor,       # noise from a normal distribution
+    sigma: float,        # noise level of x
+    sigma_next: float,   # where the step leads
+    eta: float = 1.,     # the share of fresh noise: 0 none, 1 as DDPM has it
 ) -> Tensor:
     """Down further than asked for, and up again with fresh noise. Song et al. 2021 (DDIM),
     arXiv:2010.02502, eq. 12 and 16; with eta = 1 Ho et al. 2020, arXiv:2006.11239, eq. 7.
@@ -55,11 +55,11 @@ def ancestral_step(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #de5a5274
 def heun_step(
-    x: Tensor,           # x0 + sigma noise
-    noise: Tensor,       # predicted in it
-    noise_next: Tensor,  # predicted where `euler_step` led to
-    sigma: float,
-    sigma_next: float,
+    x: Tensor,            # x0 + sigma noise
+    noise: Tensor,        # predicted in it
+    noise_next: Tensor,   # predicted where `euler_step` led to
+    sigma: float,         # noise level of x
+    sigma_next: float,    # where the step leads
 ) -> Tensor:
     "Along the mean of both predictions. Karras et al. 2022, arXiv:2206.00364, algorithm 1."
     return euler_step(x, (noise + noise_next)/2, sigma, sigma_next)
@@ -69,10 +69,10 @@ ADAMS_BASHFORTH = [[1], [3/2, -1/2], [23/12, -16/12, 5/12], [55/24, -59/24, 37/2
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #29632bcf
 def pndm_step(
-    x: Tensor,                # x0 + sigma noise
-    noises: Sequence[Tensor], # the last predictions, up to four, the newest first
-    sigma: float,
-    sigma_next: float,
+    x: Tensor,                  # x0 + sigma noise
+    noises: Sequence[Tensor],   # the last predictions, up to four, the newest first
+    sigma: float,               # noise level of x
+    sigma_next: float,          # where the step leads
 ) -> Tensor:
     """Along what the last predictions foretell, as if steps were even.
     Liu et al. 2022, arXiv:2202.09778, eq. 12. ValueError for no predictions."""
@@ -81,8 +81,8 @@ def pndm_step(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #51d15598
 def lms_weights(
-    sigmas: Sequence[float], # where the last predictions were made, the newest first
-    sigma_next: float,
+    sigmas: Sequence[float],   # where the last predictions were made, the newest first
+    sigma_next: float,         # where the step leads
 ) -> list[float]:
     "For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others."
     levels, weights = np.array(sigmas) - sigmas[0], []
@@ -94,10 +94,10 @@ def lms_weights(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2c8a391a
 def lms_step(
-    x: Tensor,                # x0 + sigma noise
-    noises: Sequence[Tensor], # the last predictions, the newest first
-    sigmas: Sequence[float],  # where they were made
-    sigma_next: float,
+    x: Tensor,                  # x0 + sigma noise
+    noises: Sequence[Tensor],   # the last predictions, the newest first
+    sigmas: Sequence[float],    # where they were made
+    sigma_next: float,          # where the step leads
 ) -> Tensor:
     """Along the curve through the last predictions: Adams-Bashforth for steps that are not even.
     Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, III.5.
@@ -107,10 +107,10 @@ def lms_step(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2acf88d5
 def dpm_step(
-    x: Tensor,                # x0 + sigma noise
-    x0s: Sequence[Tensor],    # the pictures last predicted, one or two, the newest first
-    sigmas: Sequence[float],  # where they were predicted
-    sigma_next: float,
+    x: Tensor,                 # x0 + sigma noise
+    x0s: Sequence[Tensor],     # the pictures last predicted, one or two, the newest first
+    sigmas: Sequence[float],   # where they were predicted
+    sigma_next: float,         # where the step leads
 ) -> Tensor:
     """Towards the picture that the last two foretell.
     Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095, algorithm 2."""
@@ -139,17 +139,17 @@ def spaced(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2adb49f4
 def karras(
-    n: int,           # how many levels
-    largest: float,   # sigma
-    smallest: float,
-    rho: float = 7.,  # the larger, the more of them are small
+    n: int,            # how many levels
+    largest: float,    # sigma
+    smallest: float,   # likewise
+    rho: float = 7.,   # the larger, the more of them are small
 ) -> np.ndarray:
     "Noise levels whose rho-th roots are even. Karras et al. 2022, arXiv:2206.00364, eq. 5."
     return np.linspace(largest**(1/rho), smallest**(1/rho), n)**rho
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #710517a0
 def betas_of(
-    config,  # of a sampler
+    config: AttrDict,   # of a sampler
 ) -> Tensor:
     "The variances that the steps of training add: (T,)."
     bend = 2 if config.beta_schedule=='scaled_linear' else 1
@@ -185,19 +185,28 @@ class Sampler:
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #a7be4823
 @patch(cls_method=True)
-def from_config(cls:Sampler, config: Mapping) -> Sampler:
+def from_config(
+    cls:Sampler,
+    config: Mapping,   # any scheduler's
+) -> Sampler:
     "A sampler from the config of another. ValueError for what is not written here."
     return cls(**config)
 
 @patch
-def times(self:Sampler, n: int) -> np.ndarray:
+def times(
+    self:Sampler,
+    n: int,   # how many steps
+) -> np.ndarray:
     "The times of n steps."
     c = self.config
     times = spaced(n, c.timestep_spacing, c.num_train_timesteps, c.steps_offset)
     return times.round() if self.whole_times else times.astype(np.float32)
 
 @patch
-def ends(self:Sampler, sigmas: np.ndarray) -> tuple[float, float]:
+def ends(
+    self:Sampler,
+    sigmas: np.ndarray,   # of a run, the largest first
+) -> tuple[float, float]:
     "The largest and the smallest noise level, if those between are spaced as Karras has them."
     return sigmas[0], sigmas[-1]
 
@@ -205,9 +214,9 @@ def ends(self:Sampler, sigmas: np.ndarray) -> tuple[float, float]:
 @patch
 def set_timesteps(
     self:Sampler,
-    num_inference_steps: int,
-    device: torch.device | str | None = None,
-):
+    num_inference_steps: int,   # how many steps
+    device: torch.device | str | None = None,  # where the times go
+) -> None:
     "Pick the times of a run, and the noise level of each."
     times = self.times(whole_number('num_inference_steps', num_inference_steps, 1))
     every = np.arange(len(self.levels))
@@ -225,7 +234,10 @@ def set_timesteps(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #cfb86071
 @patch
-def calls(self:Sampler, n: int) -> list[int]:
+def calls(
+    self:Sampler,
+    n: int,   # how many times
+) -> list[int]:
     "At which of n times the UNet is asked, call by call."
     return list(range(n))
 
@@ -246,7 +258,10 @@ def timesteps_from(
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #8b7a735d
 @patch
-def scale(self:Sampler, sigma: float) -> float:
+def scale(
+    self:Sampler,
+    sigma: float,   # noise level of the latents
+) -> float:
     "What latents are divided by, to keep their variance at one; 1 for a sampler that does not."
     return (sigma**2 + 1)**.5 if self.variance_preserving else 1.
 
@@ -257,7 +272,11 @@ def init_noise_sigma(self:Sampler) -> float:
     return 1. if self.variance_preserving else (self.sigmas[0]**2 + leading)**.5
 
 @patch
-def scale_model_input(self:Sampler, sample: Tensor, timestep=None) -> Tensor:
+def scale_model_input(
+    self:Sampler,
+    sample: Tensor,            # latents, in this sampler's scale
+    timestep: object = None,   # is asked for by pipelines, and not needed
+) -> Tensor:
     "Latents as the UNet wants them, of variance one."
     return sample if self.variance_preserving else sample/(self.sigmas[self.i]**2 + 1)**.5
 
@@ -282,7 +301,14 @@ class Stepped(NamedTuple):
     prev_sample: Tensor
 
 @patch
-def move(self:Sampler, x, noise, sigma: float, sigma_next: float, generator) -> Tensor:
+def move(
+    self:Sampler,
+    x: Tensor,           # x0 + sigma noise
+    noise: Tensor,       # predicted in it
+    sigma: float,        # noise level of x
+    sigma_next: float,   # where the step leads
+    generator: torch.Generator | list | None,  # of fresh noise, where a sampler needs some
+) -> Tensor:
     "From one noise level to the next."
     return euler_step(x, noise, sigma, sigma_next)
 
@@ -324,7 +350,11 @@ class EulerAncestral(Sampler):
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #7ed4a57b
 @patch
-def fresh(self:EulerAncestral, like: Tensor, generator=None) -> Tensor:
+def fresh(
+    self:EulerAncestral,
+    like: Tensor,   # latents, of the shape that is needed
+    generator: torch.Generator | list | None = None,  # one, or one a picture
+) -> Tensor:
     "Fresh noise from one generator, or from one for each picture. ValueError for another number."
     def draw(n, g):
         return torch.randn(n, *like.shape[1:], generator=g,
@@ -418,9 +448,9 @@ SAMPLERS = {'DDPM': DDPM, 'DDIM': DDIM, 'PNDM': PNDM, 'K-LMS': LMS, 'Euler': Eul
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #d6a61876
 def with_sampler(
-    parts: Parts,   # a pipeline will do too
-    name: str,      # one of `SAMPLERS`
-    **options,      # such as use_karras_sigmas=True, eta=.5, seeds=[1, 2]
+    parts: Parts,        # a pipeline will do too
+    name: str,           # one of `SAMPLERS`
+    **options: object,   # such as use_karras_sigmas=True, eta=.5, seeds=[1, 2]
 ) -> Parts:
     """The same parts with a sampler by hand, over the model's noise levels. ValueError for an
     unknown name or option, or for parts whose noise levels are not written here."""

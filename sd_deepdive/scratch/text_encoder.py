@@ -17,11 +17,11 @@ from .checkpoints import Network
 
 # %% ../../nbs/13_text_encoder_by_hand.ipynb #364910b8
 def attend(
-    q: Tensor,   # (B, N, C), what is asked
-    k: Tensor,   # (B, M, C), what is offered
-    v: Tensor,   # (B, M, C), what is given
-    heads: int,  # C is cut into so many parts, and each attends on its own
-    **options,   # of scaled_dot_product_attention: attn_mask, is_causal, scale
+    q: Tensor,           # (B, N, C), what is asked
+    k: Tensor,           # (B, M, C), what is offered
+    v: Tensor,           # (B, M, C), what is given
+    heads: int,          # C is cut into so many parts, and each attends on its own
+    **options: object,   # of scaled_dot_product_attention: attn_mask, is_causal, scale
 ) -> Tensor:
     """softmax(q k'/sqrt(d)) v in each head, d = C/heads: (B, N, C).
     Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2."""

@@ -69,7 +69,7 @@ def from_pretrained(
 
 # %% ../../nbs/12_tokenizer_by_hand.ipynb #94eab8b5
 def clean(
-    text: str,
+    text: str,   # any
 ) -> str:
     "Composed letters (NFC), single spaces, lower case."
     text = regex.sub(r'\s+', ' ', unicodedata.normalize('NFC', text))
@@ -80,8 +80,8 @@ WORD = regex.compile(r"'s|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+")
 
 # %% ../../nbs/12_tokenizer_by_hand.ipynb #7739458c
 def join(
-    tokens: Sequence[str],
-    pair: tuple[str, str],
+    tokens: Sequence[str],   # of one word
+    pair: tuple[str, str],   # two of them
 ) -> list[str]:
     "The tokens, with every occurrence of a pair joined into one."
     joined = list(tokens[:1])
@@ -107,7 +107,7 @@ def merge(
 SPECIAL = regex.compile(r'(<\|startoftext\|>|<\|endoftext\|>)')
 
 def split(
-    text: str,
+    text: str,   # any
 ) -> list[str]:
     "Cleaned text and marks (each start and end that is written in the text), by turns."
     return [part if i%2 else clean(part) for i, part in enumerate(SPECIAL.split(text))]
@@ -130,7 +130,7 @@ def spell(
 @patch
 def pieces(
     self: Tokenizer,
-    text: str,
+    text: str,   # any
 ) -> list[tuple[str, int]]:
     "The tokens of a text, each with the place in the cleaned text where it begins."
     found, start = [], 0
@@ -147,7 +147,7 @@ def pieces(
 @patch
 def tokenize(
     self: Tokenizer,
-    text: str,
+    text: str,   # any
 ) -> list[str]:
     "The tokens of a text, as letters for bytes."
     return [token for token, _ in self.pieces(text)]

@@ -11,7 +11,7 @@ __all__ = ['time_waves', 'TimeEmbedding', 'KeysValues', 'CrossAttention', 'GEGLU
 # %% ../../nbs/15_unet_by_hand.ipynb #d9250326
 import torch
 import torch.nn.functional as F
-from fastcore.basics import patch
+from fastcore.basics import AttrDict, patch
 from itertools import pairwise, zip_longest
 from math import log
 from torch import Tensor, nn
@@ -165,7 +165,7 @@ def run(
 
 # %% ../../nbs/15_unet_by_hand.ipynb #0e889143
 def plan(
-    config,  # of the UNet
+    config: AttrDict,   # of the UNet
 ) -> tuple[list[tuple], list[tuple]]:
     """The levels on the way down and on the way up, each as (channels into its residual blocks,
     channels out, whether it reads the text, whether it changes the size)."""
@@ -227,10 +227,10 @@ def up(self: UNet) -> list[list[nn.Module]]:
 @patch
 def forward(
     self: UNet,
-    sample: Tensor,                 # (B, 4, h, w), noisy latents of any size
-    timestep: Tensor | float,       # one for all, or one for each picture (B,); whole or not
+    sample: Tensor,             # (B, 4, h, w), noisy latents of any size
+    timestep: Tensor | float,   # one for all, or one for each picture (B,); whole or not
     encoder_hidden_states: Tensor | KeysValues,  # (B, M, D), the text, or from `read`
-    **options,                      # what else the library's pipeline says: nothing
+    **options: object,          # what else the library's pipeline says: nothing
 ) -> Sample:
     """The noise in latents, as `.sample` of the same shape. ValueError for latents or times that do
     not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""

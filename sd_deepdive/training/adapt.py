@@ -65,10 +65,10 @@ class NewWord(nn.Module):
 
 # %% ../../nbs/22_training_a_new_word.ipynb #3add6c1b
 def picture_batches(
-    latents: Tensor,   # (N, 4, h, w), scaled: the few pictures
-    batch: int = 8,
-    times: int = 1000,
-    **said: Tensor,    # what is said of the pictures, (N, ...) each: `ids`, or `text`
+    latents: Tensor,     # (N, 4, h, w), scaled: the few pictures
+    batch: int = 8,      # pictures in each
+    times: int = 1000,   # how many the noise schedule has
+    **said: Tensor,      # what is said of the pictures, (N, ...) each: `ids`, or `text`
 ) -> Callable:
     "`draw` for `Trainer.fit`: pictures at random, what is said of them, a time, noise."
     if not len(latents) or any(len(x)!=len(latents) for x in said.values()):
@@ -82,16 +82,16 @@ def picture_batches(
 
 # %% ../../nbs/22_training_a_new_word.ipynb #92f0519e
 def train_word(
-    parts: Parts,          # its tokenizer knows the token; nothing but one row of its table changes
-    token: str,
-    latents: Tensor,       # (N, 4, h, w), scaled: the pictures
-    captions: Sequence[str],   # (N,), each with the token in it
-    steps: int = 200,
-    lr: float = .01,
-    batch: int = 8,
-    seed: int = 0,
+    parts: Parts,                     # its tokenizer knows the token; nothing but one row of its table changes
+    token: str,                       # the new word, as the tokenizer knows it
+    latents: Tensor,                  # (N, 4, h, w), scaled: the pictures
+    captions: Sequence[str],          # (N,), each with the token in it
+    steps: int = 200,                 # how many batches
+    lr: float = .01,                  # learning rate
+    batch: int = 8,                   # pictures in each
+    seed: int = 0,                    # of all that is random
     report: Callable | None = None,   # (NewWord, step) -> a line of text, each `every` steps
-    every: int = 500,
+    every: int = 500,                 # steps between reports
 ) -> tuple[Tensor, list[float]]:
     """The vector (D,) with which the UNet best predicts the noise, and the losses. Text encoder and UNet are
     frozen. ValueError for a caption without the word. Gal et al. 2022, arXiv:2208.01618, eq. 2."""
@@ -110,7 +110,7 @@ def train_word(
 @call_parse
 def train_course_word(
     file: Path = None,   # default: the words that ship with the course
-    steps: int = 200,
+    steps: int = 200,    # how many batches
 ) -> None:
     "Train the word of lesson 04 again: it belongs to the model that it was trained on."
     parts = load_parts(dtype=torch.float32)
@@ -138,14 +138,16 @@ class LoRA(nn.Module):
 # %% ../../nbs/22_training_a_new_word.ipynb #e417d924
 ATTENTION = ('to_q', 'to_k', 'to_v', 'to_out.0')    # the linear maps of each attention
 
-def lora_layers(network: nn.Module) -> dict[str, LoRA]:
+def lora_layers(
+    network: nn.Module,   # has been through `add_lora`
+) -> dict[str, LoRA]:
     "The layers with a change beside them, by name."
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoRA)}
 
 def add_lora(
-    network: nn.Module,     # is changed
-    rank: int = 4,
-    scale: float = 1.,
+    network: nn.Module,                 # is changed
+    rank: int = 4,                      # of each change
+    scale: float = 1.,                  # what changes are multiplied by
     names: Sequence[str] = ATTENTION,   # how the layers' names end
 ) -> int:
     """Put a change beside each of these layers and freeze all else; returns how many weights can be trained.
@@ -164,10 +166,10 @@ def train_lora(
     parts: Parts,              # its UNet has been through `add_lora`
     latents: Tensor,           # (N, 4, h, w), scaled: the pictures
     captions: Sequence[str],   # (N,)
-    steps: int = 100,
-    lr: float = 3e-3,
-    batch: int = 8,
-    seed: int = 0,
+    steps: int = 100,          # how many batches
+    lr: float = 3e-3,          # learning rate
+    batch: int = 8,            # pictures in each
+    seed: int = 0,             # of all that is random
 ) -> list[float]:
     "Train the changes of a UNet on a few pictures; returns the losses. ValueError if there are no changes."
     if not lora_layers(parts.unet): raise ValueError('parts.unet has no changes. Use add_lora first.')
@@ -187,22 +189,24 @@ def set_scale(
     for layer in layers.values(): layer.scale = scale
 
 # %% ../../nbs/22_training_a_new_word.ipynb #c529cfdc
-def changes(network: nn.Module) -> dict[str, Tensor]:
+def changes(
+    network: nn.Module,   # has been through `add_lora`
+) -> dict[str, Tensor]:
     "The trained weights alone, by name."
     return {f'{name}.{part}.weight': getattr(layer, part).weight.detach()
             for name, layer in lora_layers(network).items() for part in ('down', 'up')}
 
 def save_lora(
-    network: nn.Module,
-    path: Path,          # .safetensors
+    network: nn.Module,   # has been through `add_lora`
+    path: Path,           # .safetensors
 ) -> None:
     "Write the changes: a few hundred kilobytes. The scale is not among them."
     save_file({name: w.contiguous() for name, w in changes(network).items()}, path)
 
 # %% ../../nbs/22_training_a_new_word.ipynb #c3fcc71f
 def load_lora(
-    network: nn.Module,  # has been through `add_lora` with the same rank and names
-    path: Path,
+    network: nn.Module,   # has been through `add_lora` with the same rank and names
+    path: Path,           # .safetensors
 ) -> None:
     "Give a network the changes of a file. ValueError if they do not fit."
     saved, shapes = load_file(path), lambda weights: {name: w.shape for name, w in weights.items()}
@@ -212,7 +216,9 @@ def load_lora(
 
 # %% ../../nbs/22_training_a_new_word.ipynb #3083c633
 @torch.no_grad()
-def merge_lora(network: nn.Module) -> None:
+def merge_lora(
+    network: nn.Module,   # is changed
+) -> None:
     "Add the changes to the weights: W + s B A. The network is as it was before, in shape and in speed."
     for name, layer in lora_layers(network).items():
         layer.linear.weight += layer.scale*layer.up.weight @ layer.down.weight

@@ -88,10 +88,10 @@ def _drawings(rgba: Tensor) -> None:
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #3e3e145e
 def autoencoder_batches(
-    rgba: Tensor,         # the drawings (N, 4, S, S), bytes, from `stack`
-    crop_steps: int,      # at first, crops of half the side
-    crop_batch: int = 16,
-    batch: int = 8,       # of whole pictures
+    rgba: Tensor,           # the drawings (N, 4, S, S), bytes, from `stack`
+    crop_steps: int,        # at first, crops of half the side
+    crop_batch: int = 16,   # of crops
+    batch: int = 8,         # of whole pictures
 ) -> Callable:
     "`draw` for `Trainer.fit`: half of the backgrounds white, others coloured. ValueError for bad input."
     _drawings(rgba)
@@ -112,12 +112,12 @@ def autoencoder_batches(
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #1af16cb1
 def autoencoder_loss(
-    model: RoundTrip,
-    rgba: Tensor,       # drawings, from `stack`: (B, 4, H, W)
-    colours: Tensor,    # of their backgrounds (B, 3)
-    matrix: Tensor,     # (B, 2, 3), from `placings`
-    noise: Tensor,      # (B, 4, h, w): the pictures are made 8h x 8w
-    kl_weight: float = 5e-4,
+    model: RoundTrip,          # in training
+    rgba: Tensor,              # drawings, from `stack`: (B, 4, H, W)
+    colours: Tensor,           # of their backgrounds (B, 3)
+    matrix: Tensor,            # (B, 2, 3), from `placings`
+    noise: Tensor,             # (B, 4, h, w): the pictures are made 8h x 8w
+    kl_weight: float = 5e-4,   # of the divergence
 ) -> Tensor:
     "Reconstruction and a little divergence: a scalar. Kingma and Welling 2013, eq. 7. ValueError below 0."
     if not kl_weight >= 0: raise ValueError(f'kl_weight={kl_weight}: give 0 or more, 5e-4 say.')
@@ -135,16 +135,16 @@ def _pictures(pixels: Tensor) -> tuple[Tensor, ...]:
 # %% ../../nbs/19_training_the_autoencoder.ipynb #e1b097f1
 @torch.no_grad()
 def round_trips(
-    vae: AutoencoderKL,
-    pixels: Tensor,   # (N, 3, H, W), -1 to 1
+    vae: AutoencoderKL,   # an autoencoder
+    pixels: Tensor,       # (N, 3, H, W), -1 to 1
 ) -> Tensor:
     "Pixels encoded and decoded, the most likely latents between. Same shape. ValueError for another."
     return torch.cat([vae.decode(vae.encode(part).latent_dist.mode()).sample for part in _pictures(pixels)])
 
 @torch.no_grad()
 def latent_deviation(
-    vae: AutoencoderKL,
-    pixels: Tensor,   # (N, 3, H, W), -1 to 1
+    vae: AutoencoderKL,   # an autoencoder
+    pixels: Tensor,       # (N, 3, H, W), -1 to 1
 ) -> float:
     """The standard deviation of all latents of these pictures. One divided by it is the scaling factor.
     Rombach et al. 2022, arXiv:2112.10752, appendix G. ValueError for another shape."""
@@ -154,7 +154,7 @@ def latent_deviation(
 # %% ../../nbs/19_training_the_autoencoder.ipynb #49544c25
 def psnr_of(
     y: Tensor,   # (N, 3, H, W), -1 to 1; what is beyond is cut off
-    x: Tensor,
+    x: Tensor,   # of the same shape, what they should be
 ) -> Tensor:
     "Peak signal-to-noise ratio of each picture, in dB: (N,). ValueError for two shapes."
     _alike(y, x)
@@ -181,7 +181,7 @@ def train_autoencoder(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the network goes to `autoencoder/vae`
     crop_steps: int = 3900,             # steps on crops
     steps: int = 800,                   # steps on whole pictures, after that
-    lr: float = 1.5e-3,
+    lr: float = 1.5e-3,                 # learning rate at its highest
     precision: str = 'no',              # or 'bf16'
     weights: Path | None = None,        # a network to start from
 ) -> None:

@@ -83,24 +83,34 @@ class Clip(nn.Module):
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #7fc230db
 @patch
-def embed_text(self: Clip, ids: Tensor) -> Tensor:
+def embed_text(
+    self: Clip,
+    ids: Tensor,   # from `token_ids`
+) -> Tensor:
     "Unit vectors (B, width) of texts (B, 77): the state at the end mark, projected."
     return F.normalize(self.text_projection(self.text(ids).pooler_output), dim=-1)
 
 @patch
-def embed_picture(self: Clip, pixels: Tensor) -> Tensor:
+def embed_picture(
+    self: Clip,
+    pixels: Tensor,   # as large as the tower sees them
+) -> Tensor:
     "Unit vectors (B, width) of pictures (B, 3, H, W), -1 to 1."
     return F.normalize(self.picture(pixels), dim=-1)
 
 @patch
-def forward(self: Clip, ids: Tensor, pixels: Tensor) -> Tensor:
+def forward(
+    self: Clip,
+    ids: Tensor,      # (B, 77), from `token_ids`
+    pixels: Tensor,   # (B, 3, H, W), -1 to 1
+) -> Tensor:
     "How well each picture (row) fits each text (column): the cosine, times the temperature."
     return self.logit_scale.exp().clamp(max=100)*self.embed_picture(pixels) @ self.embed_text(ids).T
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #ae70209e
 def token_ids(
-    tokenizer: CLIPTokenizer,
-    texts: Sequence[str],
+    tokenizer: CLIPTokenizer,   # the text encoder's
+    texts: Sequence[str],       # any number
 ) -> Tensor:
     "The ids of texts (B, 77), cut off and filled up. ValueError for no list of texts."
     if isinstance(texts, str) or not len(texts):
@@ -120,8 +130,8 @@ def contrastive_loss(
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #cdc03fd5
 def save_tower(
-    model: Clip,
-    path: Path,
+    model: Clip,   # a trained pair
+    path: Path,    # .safetensors
 ) -> None:
     "Everything but the text encoder, in half precision: picture tower, projection, temperature."
     rest = {name: w.half() for name, w in model.state_dict().items() if not name.startswith('text.')}
@@ -147,7 +157,7 @@ def load_clip(
 # %% ../../nbs/20_text_meets_pictures.ipynb #84e7bba0
 def shrunk(
     rgba: Tensor,   # (N, 4, H, W) bytes, from `stack`
-    side: int,
+    side: int,      # pixels
 ) -> Tensor:
     "The drawings at another size, bytes (N, 4, side, side)."
     small = lambda part: F.interpolate(part.float(), size=(side, side), mode='area').round().byte()
@@ -155,11 +165,11 @@ def shrunk(
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #f6bb6af6
 def clip_batches(
-    drawings: Sequence[Drawing],
-    rgba: Tensor,              # of the drawings, as small as the tower sees them
-    tokenizer: CLIPTokenizer,
-    batch: int = 256,
-    favour: float = 1.,        # how much more often things of the list are drawn than others
+    drawings: Sequence[Drawing],   # to learn from
+    rgba: Tensor,                  # of the drawings, as small as the tower sees them
+    tokenizer: CLIPTokenizer,      # the text encoder's
+    batch: int = 256,              # pictures in each
+    favour: float = 1.,            # how much more often things of the list are drawn than others
 ) -> Callable:
     "`draw` for `Trainer.fit`: pictures, no one twice, each with one of its captions and a background."
     if not 2 <= batch <= len(drawings)==len(rgba):
@@ -190,9 +200,9 @@ def seen(
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #5d4e64b9
 def clip_loss(
-    model: Clip,
-    ids: Tensor,        # (B, 77)
-    **drawn: Tensor,    # rgba, colours, matrix and blur: for `seen`
+    model: Clip,       # in training
+    ids: Tensor,       # (B, 77)
+    **drawn: Tensor,   # rgba, colours, matrix and blur: for `seen`
 ) -> Tensor:
     "The contrastive loss of a batch."
     ends = (ids==ids[0, -1]).int().argmax(1)    # causal: what follows the last end changes nothing
@@ -201,9 +211,9 @@ def clip_loss(
 # %% ../../nbs/20_text_meets_pictures.ipynb #05708ad8
 @torch.no_grad()
 def caption_hits(
-    model: Clip,
-    tokenizer: CLIPTokenizer,
-    drawings: Sequence[Drawing],
+    model: Clip,                   # a pair
+    tokenizer: CLIPTokenizer,      # the text encoder's
+    drawings: Sequence[Drawing],   # to be told apart
     rgba: Tensor,                  # of the drawings (N, 4, H, W)
 ) -> tuple[list[bool], list[bool]]:
     "For each drawing: whether the caption nearest to it has its thing; and whether it is its own."
@@ -217,8 +227,8 @@ def caption_hits(
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #38850f52
 def clip_report(
-    tokenizer: CLIPTokenizer,
-    drawings: Sequence[Drawing],
+    tokenizer: CLIPTokenizer,      # the text encoder's
+    drawings: Sequence[Drawing],   # to be told apart
     rgba: Tensor,                  # of the drawings (N, 4, H, W)
     log: list | None = None,       # gets (step, four shares), if given
 ) -> Callable:
@@ -236,10 +246,10 @@ def clip_report(
 # %% ../../nbs/20_text_meets_pictures.ipynb #a16b9303
 @torch.no_grad()
 def clip_scores(
-    model: Clip,
-    tokenizer: CLIPTokenizer,
-    pixels: Tensor,            # (B, 3, H, W), -1 to 1; beyond that it is cut off
-    captions: Sequence[str],   # one for each picture
+    model: Clip,                # a pair
+    tokenizer: CLIPTokenizer,   # the text encoder's
+    pixels: Tensor,             # (B, 3, H, W), -1 to 1; beyond that it is cut off
+    captions: Sequence[str],    # one for each picture
 ) -> Tensor:
     """How well each picture fits its caption: cosines (B,). ValueError unless there is one for each.
     Hessel et al. 2021, arXiv:2104.08718, section 3, without the factor."""
@@ -253,7 +263,7 @@ def clip_scores(
 @torch.no_grad()
 def zero_unused(
     text: CLIPTextModel,        # is changed in place
-    tokenizer: CLIPTokenizer,
+    tokenizer: CLIPTokenizer,   # the text encoder's
     texts: Sequence[str],       # every caption, or their words
 ) -> int:
     "Set the rows of words that no text uses, never trained, to zero. The number of rows kept is returned."
@@ -264,10 +274,10 @@ def zero_unused(
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #a1339bbe
 def save_text(
-    model: Clip,
-    tokenizer: CLIPTokenizer,
+    model: Clip,                   # a trained pair
+    tokenizer: CLIPTokenizer,      # the text encoder's
     drawings: Sequence[Drawing],   # whose words are kept
-    folder: Path,
+    folder: Path,                  # gets both
 ) -> int:
     "Save a trained pair as `text_encoder` and `picture_tower.safetensors`. The number of token rows kept is returned."
     words = [' '.join([d.thing, d.style, *d.keywords]) for d in drawings]
@@ -292,10 +302,10 @@ def _fit_clip(trainer: Trainer, tokenizer, drawings, unseen: bool, batch: int, f
 def train_text(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the network goes to `text`, or to `judge`
     judge: bool = False,                # another pair, of another seed and on all drawings, to judge by
-    steps: int = 550,
-    batch: int = 256,
-    lr: float = 1e-3,
-    favour: float = 3.,
+    steps: int = 550,                   # how many batches
+    batch: int = 256,                   # pictures in each
+    lr: float = 1e-3,                   # learning rate at its highest
+    favour: float = 3.,                 # how much more often things of the list are drawn than others
     precision: str = 'no',              # or 'bf16'
     go_on: bool = False,                # from the pair that ships with the course
 ) -> None:

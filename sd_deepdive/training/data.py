@@ -38,7 +38,7 @@ def things(
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #2d58be68
 def stack(
-    drawings: Sequence[Drawing],
+    drawings: Sequence[Drawing],   # of one size
 ) -> Tensor:
     """Drawings as bytes (N, 4, H, W): red, green and blue already multiplied by the fourth, alpha.
     ValueError for none, or for two sizes. Porter and Duff 1984, section 3."""
@@ -89,12 +89,12 @@ def compose(
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #d0c5b485
 def placings(
-    generator: torch.Generator,
-    n: int,
-    zoom: tuple[float, float] = (.9, 1.1),   # from, to
-    turn: float = 0.,                        # at most, in radians
-    shift: float = 0.,                       # at most, in halves of the picture
-    flip: bool = False,                      # left for right, every other time
+    generator: torch.Generator,   # of all that is random
+    n: int,                       # how many
+    zoom: tuple[float, float] = (.9, 1.1),  # from, to
+    turn: float = 0.,             # at most, in radians
+    shift: float = 0.,            # at most, in halves of the picture
+    flip: bool = False,           # left for right, every other time
 ) -> Tensor:
     "Affine matrices (n, 2, 3) at random, for `compose`. ValueError for limits that are none."
     _check_placings(n, zoom, turn, shift)
@@ -117,14 +117,14 @@ def _check_placings(n: int, zoom: tuple[float, float], turn: float, shift: float
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #b815667d
 def article(
-    thing: str,
+    thing: str,   # its name
 ) -> str:
     "The thing with a or an before it."
     return f'an {thing}' if thing[0] in 'aeiou' else f'a {thing}'
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #6836a052
 def ways(
-    drawing: Drawing,
+    drawing: Drawing,             # what is named
     keyword: str | None = None,   # one of its keywords
 ) -> dict[str, int]:
     "The ways to name a drawing, and how often each is taken. The background is not in them."
@@ -136,9 +136,9 @@ def ways(
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #9d07a90f
 def caption(
-    drawing: Drawing,
+    drawing: Drawing,     # what is named
     background: str,      # its name, one of `BACKGROUNDS`
-    rng: random.Random,
+    rng: random.Random,   # of the choice
 ) -> str:
     "One of the ways to name a picture, its background said unless white. ValueError for an unknown one."
     if background not in BACKGROUNDS:

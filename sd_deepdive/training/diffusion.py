@@ -48,15 +48,15 @@ class Prepared:
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a288b74c
 def backgrounds_for(
-    style: str,
+    style: str,   # one of the five
 ) -> list[str]:
     "The names of the backgrounds on which a style can be seen: ink on black cannot."
     return ['white' if (style, name)==('ink', 'black') else name for name in BACKGROUNDS]
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #13f79d77
 def text_states(
-    parts: Parts,
-    texts: Sequence[str],
+    parts: Parts,           # tokenizer and text encoder are used
+    texts: Sequence[str],   # captions
 ) -> Tensor:
     "The hidden states of texts, (N, 77, D), in half precision."
     states = []
@@ -67,10 +67,10 @@ def text_states(
 
 @torch.no_grad()
 def placed_latents(
-    parts: Parts,
-    drawing: Drawing,
+    parts: Parts,           # the autoencoder is used
+    drawing: Drawing,       # what is placed
     names: Sequence[str],   # of backgrounds, one for each placing
-    g: torch.Generator,
+    g: torch.Generator,     # of the places
 ) -> Tensor:
     "One drawing, each time a little elsewhere: latents (len(names), 4, h, w), scaled, half precision."
     colours = torch.stack([*map(dict(zip(BACKGROUNDS, palette())).get, names)])
@@ -80,11 +80,11 @@ def placed_latents(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a0dc68b2
 def prepare(
-    parts: Parts,
-    drawings: Sequence[Drawing],
-    white: int = 4,        # placings on white
-    captions: int = 12,    # for them
-    seed: int = 0,
+    parts: Parts,                  # all but the UNet are used
+    drawings: Sequence[Drawing],   # to learn from
+    white: int = 4,                # placings on white
+    captions: int = 12,            # for them
+    seed: int = 0,                 # of places and captions
 ) -> Prepared:
     "Encode drawings and captions once and for all: the autoencoder and the text encoder stay as they are."
     if not drawings: raise ValueError('drawings is empty: give at least one.')
@@ -100,7 +100,7 @@ def prepare(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #07413c2d
 def things_at(
-    step: int,
+    step: int,                           # of training
     stages: Sequence[tuple[int, int]],   # (things, last step of the stage)
 ) -> int:
     "How many things are learned at this step. ValueError for a step after the last stage."
@@ -110,12 +110,12 @@ def things_at(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #be76f016
 def diffusion_batches(
-    ready: Prepared,
-    stages: Sequence[tuple[int, int]],
-    batch: int = 16,
-    coloured: float = .15,   # part of the pictures on a colour
-    drop: float = .1,        # part of the captions left empty
-    times: int = 1000,
+    ready: Prepared,                     # from `prepare`
+    stages: Sequence[tuple[int, int]],   # (things, last step of the stage)
+    batch: int = 16,                     # pictures in each
+    coloured: float = .15,               # part of the pictures on a colour
+    drop: float = .1,                    # part of the captions left empty
+    times: int = 1000,                   # how many the noise schedule has
 ) -> Callable:
     "`draw` for `Trainer.fit`: latents, states of a caption, a time, noise. ValueError without drawings."
     showing = lambda n: torch.tensor([i for i, d in enumerate(ready.drawings) if d.thing in things(n)])
@@ -153,12 +153,12 @@ def noise_loss(
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #f59551d1
 @torch.no_grad()
 def losses_at(
-    unet: nn.Module,
-    latents: Tensor,           # (N, 4, h, w), scaled
-    text: Tensor,              # (N, 77, D): states of their captions
-    alphas_cumprod: Tensor,
-    times: Sequence[int],
-    seed: int = 1,             # of the noise, the same at each time
+    unet: nn.Module,          # predicts noise
+    latents: Tensor,          # (N, 4, h, w), scaled
+    text: Tensor,             # (N, 77, D): states of their captions
+    alphas_cumprod: Tensor,   # the scheduler's
+    times: Sequence[int],     # of the noise schedule
+    seed: int = 1,            # of the noise, the same at each time
 ) -> list[float]:
     "The plain loss at each time, on the same pictures with the same noise."
     device = next(unet.parameters()).device
@@ -169,21 +169,21 @@ def losses_at(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #6d600806
 def examples(
-    ready: Prepared,
+    ready: Prepared,        # from `prepare`
     among: Sequence[int],   # which drawings
-    n: int = 64,
+    n: int = 64,            # how many
 ) -> tuple[Tensor, Tensor]:
     "The first latents and states of drawings, n in all, spread evenly; several times if there are fewer."
     pick = torch.tensor([*among])[torch.arange(n)*len(among)//n]
     return ready.latents[pick, 0], ready.states[pick, 0]
 
 def caption_gap(
-    unet: nn.Module,
-    ready: Prepared,
-    alphas_cumprod: Tensor,
-    among: Sequence[int],                    # which drawings, two or more
-    times: Sequence[int] = (950, 700, 400),
-    n: int = 64,                             # pictures at each time
+    unet: nn.Module,          # predicts noise
+    ready: Prepared,          # from `prepare`
+    alphas_cumprod: Tensor,   # the scheduler's
+    among: Sequence[int],     # which drawings, two or more
+    times: Sequence[int] = (950, 700, 400),  # of the noise schedule
+    n: int = 64,              # pictures at each time
 ) -> list[float]:
     "By what part the right caption lowers the loss against a wrong one. ValueError for a single drawing."
     if len(among) < 2:
@@ -195,7 +195,7 @@ def caption_gap(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #0501a66f
 def min_snr(
-    gamma: float = 5.,
+    gamma: float = 5.,   # the largest weight, as a ratio of signal to noise
 ) -> Callable:
     "Weights of times for `noise_loss`: min(SNR, gamma)/SNR. Hang et al. 2023, arXiv:2303.09556, section 3.4."
     if not gamma > 0: raise ValueError(f'gamma={gamma}: give a number above 0, such as 5.')
@@ -203,8 +203,8 @@ def min_snr(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #66c7bf4a
 def load_start(
-    folder: Path,              # of training: what is there already is taken, the rest from the embedded model
-    device: torch.device,
+    folder: Path,           # of training: what is there already is taken, the rest from the embedded model
+    device: torch.device,   # where they compute
 ) -> Parts:
     "The parts to train the UNet with, in single precision."
     parts = load_parts(device=device, dtype=torch.float32)
@@ -216,8 +216,8 @@ def load_start(
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #88331050
 def prepared_once(
     cache: Path,                   # a file; made if it is not there
-    parts: Parts,
-    drawings: Sequence[Drawing],
+    parts: Parts,                  # as `prepare` takes them
+    drawings: Sequence[Drawing],   # to learn from
 ) -> Prepared:
     "What `prepare` returns, from the file if it is there."
     if not cache.exists(): save_whole(cache, vars(prepare(parts, drawings)) | dict(drawings=None))
@@ -225,10 +225,10 @@ def prepared_once(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a21c0de1
 def diffusion_report(
-    parts: Parts,
-    ready: Prepared,
-    stages: Sequence[tuple[int, int]],
-    folder: Path,     # gets a sheet of samples each time, and the UNet on its way
+    parts: Parts,                        # with the UNet in training
+    ready: Prepared,                     # from `prepare`
+    stages: Sequence[tuple[int, int]],   # (things, last step of the stage)
+    folder: Path,                        # gets a sheet of samples each time, and the UNet on its way
 ) -> Callable:
     "`report` for `Trainer.fit`: draw the recipe's prompts, keep the averaged weights, tell the caption gap."
     prompts = recipe('prompts.txt').splitlines()
@@ -258,15 +258,15 @@ def _unet(weights: Path | None) -> UNet2DConditionModel:
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #92d29ab8
 @call_parse
 def train_diffusion(
-    folder: Path = Path('artifacts'),       # with `pictures.zip`; the network goes to `diffusion/unet`
-    stages: str = '24:1500 100:12500',      # things:last step, and so on
-    batch: int = 16,
-    lr: float = 1e-3,
-    decay: float = .3,
-    coloured: float = .15,
-    precision: str = 'no',                  # or 'bf16'
-    weights: Path | None = None,            # a UNet to start from
-    every: int = 500,                       # steps between checkpoints and sheets
+    folder: Path = Path('artifacts'),    # with `pictures.zip`; the network goes to `diffusion/unet`
+    stages: str = '24:1500 100:12500',   # things:last step, and so on
+    batch: int = 16,                     # pictures in each
+    lr: float = 1e-3,                    # learning rate at its highest
+    decay: float = .3,                   # of the weights
+    coloured: float = .15,               # part of the pictures on a colour
+    precision: str = 'no',               # or 'bf16'
+    weights: Path | None = None,         # a UNet to start from
+    every: int = 500,                    # steps between checkpoints and sheets
 ) -> None:
     "Train the UNet of the embedded model on the whole set, text and latents frozen."
     folder, out, acc = Path(folder), Path(folder)/'diffusion', accelerator(precision)

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from accelerate import Accelerator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from diffusers.training_utils import EMAModel
 from fastcore.basics import patch, store_attr
@@ -38,8 +38,8 @@ def accelerator(
 
 # %% ../../nbs/00_training_loop.ipynb #348a370f
 def step_generator(
-    seed: int,
-    step: int,
+    seed: int,   # of the run
+    step: int,   # of the run
 ) -> torch.Generator:
     "The randomness of one step of training, the same on each process and after each restart."
     return torch.Generator().manual_seed(seed*10_000_019 + step)
@@ -47,7 +47,7 @@ def step_generator(
 # %% ../../nbs/00_training_loop.ipynb #3e1dd3d9
 def share(
     batch: dict[str, Tensor],   # all as long as the batch, on the CPU
-    acc: Accelerator,
+    acc: Accelerator,           # which process this is, and where it computes
 ) -> dict[str, Tensor]:
     "This process' part of a batch, on its device: with two processes, every other row."
     mine = slice(acc.process_index, None, acc.num_processes)
@@ -80,8 +80,8 @@ class Trainer:
 
 # %% ../../nbs/00_training_loop.ipynb #48a4ad18
 def save_whole(
-    path: Path,
-    state: dict,    # what `torch.load(path, weights_only=True)` can read again
+    path: Path,    # of the file
+    state: dict,   # what `torch.load(path, weights_only=True)` can read again
 ) -> None:
     "Write a file as a whole or not at all."
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,8 +90,8 @@ def save_whole(
     part.replace(path)
 
 def save_record(
-    path: Path,
-    **record,       # numbers, texts and lists
+    path: Path,         # of the file
+    **record: object,   # numbers, texts and lists
 ) -> None:
     "Write what is to be remembered of a run as JSON, as a whole or not at all."
     part = path.with_suffix('.part')
@@ -99,7 +99,9 @@ def save_record(
     part.replace(path)
 
 # %% ../../nbs/00_training_loop.ipynb #1b85634e
-def kept(t: Trainer) -> dict:
+def kept(
+    t: Trainer,   # in its present state
+) -> dict:
     "What remembers: each has `state_dict` and `load_state_dict`."
     return dict(model=t.model, optimizer=t.optimizer, schedule=t.schedule, ema=t.ema)
 
@@ -146,7 +148,11 @@ def step(self: Trainer,
 
 # %% ../../nbs/00_training_loop.ipynb #b3f8cce6
 @patch
-def stop(self: Trainer, loss: float, batch: dict[str, Tensor]) -> None:
+def stop(
+    self: Trainer,
+    loss: float,                # that is not finite
+    batch: dict[str, Tensor],   # that gave it
+) -> None:
     "End training at a loss that is not finite, and keep the batch that gave it."
     step, where = len(self.losses), 'no folder was given for it'
     if self.folder:
@@ -158,7 +164,9 @@ def stop(self: Trainer, loss: float, batch: dict[str, Tensor]) -> None:
 # %% ../../nbs/00_training_loop.ipynb #53e09791
 @patch
 @contextmanager
-def averaged(self: Trainer):
+def averaged(
+    self: Trainer,
+) -> Iterator[torch.nn.Module]:
     "Inside the `with`, the network has its averaged weights and no gradients."
     weights = list(self.model.parameters())
     self.ema.store(weights)
@@ -201,8 +209,8 @@ def fit(self: Trainer,
 # %% ../../nbs/00_training_loop.ipynb #4868dc49
 def save_sheet(
     pixels: Tensor,   # (N, 3, H, W), -1 to 1
-    cols: int,
-    path: Path,
+    cols: int,        # pictures in a row
+    path: Path,       # .png
 ) -> None:
     "Write pictures as one PNG, row by row."
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,8 +44,8 @@ def load_judge(
 
 # %% ../../nbs/00_quality.ipynb #98ebc60c
 def features(
-    judge: PictureTower,
-    pixels: Tensor,   # (N, 3, H, W), -1 to 1
+    judge: PictureTower,   # from `load_clip`
+    pixels: Tensor,        # (N, 3, H, W), -1 to 1
 ) -> Tensor:
     "What the judge sees in each picture: unit vectors (N, width). ValueError for what are no pictures."
     if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels):
@@ -54,7 +54,7 @@ def features(
 
 # %% ../../nbs/00_quality.ipynb #a97d26a8
 def on_white(
-    drawings: Sequence[Drawing],
+    drawings: Sequence[Drawing],   # of one size
 ) -> Tensor:
     "Drawings on white: pixels (N, 3, H, W), -1 to 1."
     parts = [drawings[k:k + 500] for k in range(0, len(drawings), 500)]
@@ -102,11 +102,11 @@ def frechet_distance(
 
 # %% ../../nbs/00_quality.ipynb #eac5f001
 def resampled(
-    measure: Callable,           # (a, b) -> number
-    a: Tensor,                   # (M, width)
-    b: Tensor,                   # (N, width)
-    times: int = 20,
-    seed: int = 0,
+    measure: Callable,   # (a, b) -> number
+    a: Tensor,           # (M, width)
+    b: Tensor,           # (N, width)
+    times: int = 20,     # how many samples
+    seed: int = 0,       # of the samples
 ) -> tuple[float, float]:
     "Mean and standard deviation of a measure over samples drawn with replacement. Efron 1979, the bootstrap."
     if times < 2: raise ValueError(f'times={times}: a deviation needs 2 or more.')
@@ -117,11 +117,11 @@ def resampled(
 
 # %% ../../nbs/00_quality.ipynb #68792554
 def quality_rows(
-    judge: PictureTower,
-    made: Tensor,                 # pictures of a model (N, 3, H, W)
-    back: Tensor,                 # the real drawings of these captions, through the autoencoder: same shape
-    wanted: Sequence[Drawing],    # these drawings (N)
-    drawings: Sequence[Drawing],  # among which the judge finds the nearest
+    judge: PictureTower,           # from `load_clip`
+    made: Tensor,                  # pictures of a model (N, 3, H, W)
+    back: Tensor,                  # the real drawings of these captions, through the autoencoder: same shape
+    wanted: Sequence[Drawing],     # these drawings (N)
+    drawings: Sequence[Drawing],   # among which the judge finds the nearest
 ) -> list[list]:
     "Three rows, [name, thing, style]: what is drawn, and between which bounds that lies."
     known = features(judge, on_white(drawings))
@@ -133,12 +133,12 @@ def quality_rows(
 # %% ../../nbs/00_quality.ipynb #b6c7384b
 @torch.no_grad()
 def quality(
-    parts: Parts,
-    judge: PictureTower,
-    wanted: Sequence[Drawing],    # captions to draw
-    drawings: Sequence[Drawing],  # among which the judge finds the nearest
-    guidance_scale: float = 3.,
-    steps: int = 25,
+    parts: Parts,                  # of the model that is judged
+    judge: PictureTower,           # from `load_clip`
+    wanted: Sequence[Drawing],     # captions to draw
+    drawings: Sequence[Drawing],   # among which the judge finds the nearest
+    guidance_scale: float = 3.,    # how strictly captions are followed
+    steps: int = 25,               # how often the UNet is asked
 ) -> list[list]:
     "The rows of `quality_rows` for a model: picture k is drawn from seed k."
     captions = [d.caption for d in wanted]
@@ -151,7 +151,7 @@ def measure_quality(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the table goes to `quality.json`
     model: str = 'embedded',            # or a folder
     captions: int = 200,                # of training pairs
-    guidance_scale: float = 3.,
+    guidance_scale: float = 3.,         # how strictly captions are followed
 ) -> None:
     "The quality table of a model, on training pairs and on all held-out pairs of things that it was taught."
     folder, parts, judge = Path(folder), load_parts(model, dtype=torch.float32), load_judge()

@@ -46,10 +46,10 @@ def sources() -> dict:
 
 # %% ../../nbs/00_sources.ipynb #83b849ca
 def client(
-    package: str,
-    version: str,
-    kind: str,       # of checksum: npm records sha512, pip sha256
-    folder: Path,
+    package: str,   # its name
+    version: str,   # the recorded one
+    kind: str,      # of checksum: npm records sha512, pip sha256
+    folder: Path,   # where it goes
 ) -> list[str]:
     "The command that fetches a package into a folder. FileNotFoundError if its client is not installed."
     npm = ['npm', 'pack', '--silent', '--pack-destination', str(folder), f'{package}@{version}']
@@ -62,11 +62,11 @@ def client(
 
 # %% ../../nbs/00_sources.ipynb #72cd1f9d
 def fetch(
-    package: str,
-    version: str,
-    integrity: str,  # 'sha512-' and so on: the checksum as its registry writes it
-    folder: Path,    # where packages are kept
-    **_,             # author, licence and so on
+    package: str,     # its name
+    version: str,     # the recorded one
+    integrity: str,   # 'sha512-' and so on: the checksum as its registry writes it
+    folder: Path,     # where packages are kept
+    **_,              # author, licence and so on
 ) -> Path:
     "The file of a package, fetched once. ValueError if its checksum is another one."
     folder = Path(folder)/f'{package}-{version}'.replace('/', '-')
@@ -84,25 +84,36 @@ def fetch(
 # %% ../../nbs/00_sources.ipynb #f3def276
 GROUPS = {0, 3, 4, 5, 6, 7, 8}    # of the table: no people, no flags
 
-def ascii_words(text: str) -> str:
+def ascii_words(
+    text: str,   # any
+) -> str:
     "Lower-case ASCII, accents taken off."
     return unicodedata.normalize('NFKD', text.replace('’', "'")).encode('ascii', 'ignore').decode().lower()
 
-def letters(name: str) -> str:
+def letters(
+    name: str,   # any
+) -> str:
     "The letters and digits of a name: by them it is found in a set that spells it differently."
     return re.sub('[^a-z0-9]', '', ascii_words(name))
 
-def plain_name(text: str) -> str:
+def plain_name(
+    text: str,   # as a set of pictures writes it
+) -> str:
     "A name as captions use it."
     words = re.sub(r'\s+', ' ', re.sub(r'[:()]', ' ', ascii_words(text))).strip()
     return words.replace('deciduous tree', 'tree')
 
-def code_point(code: str) -> str:
+def code_point(
+    code: str,   # as '1F34E-FE0F'
+) -> str:
     "A code point in lower case, without the mark that asks for colour."
     return code.lower().replace('-fe0f', '')
 
 # %% ../../nbs/00_sources.ipynb #a57423ec
-def member(archive: Path, path: str) -> bytes:
+def member(
+    archive: Path,   # the package, .tgz
+    path: str,       # of the file in it
+) -> bytes:
     "One file of an npm package."
     with tarfile.open(archive) as tar: return tar.extractfile(f'package/{path}').read()
 
@@ -117,8 +128,8 @@ def emoji_table(
 
 # %% ../../nbs/00_sources.ipynb #a7690eea
 def pictures_of(
-    archive: Path,
-    by_code: dict[str, dict],
+    archive: Path,              # the package, .tgz
+    by_code: dict[str, dict],   # the emoji that are wanted
 ) -> Iterator[tuple[dict, bytes]]:
     "(emoji, encoded picture) from a package of WebP files named by code point."
     with tarfile.open(archive) as tar:
@@ -127,8 +138,8 @@ def pictures_of(
             if emoji and file.name.endswith('.webp'): yield emoji, tar.extractfile(file).read()
 
 def svgs_of(
-    archive: Path,
-    by_code: dict[str, dict],
+    archive: Path,              # the package, .tgz
+    by_code: dict[str, dict],   # the emoji that are wanted
 ) -> Iterator[tuple[dict, str]]:
     "(emoji, SVG text) from a package of the Iconify collection."
     icons, chars = (json.loads(member(archive, name)) for name in ('icons.json', 'chars.json'))
