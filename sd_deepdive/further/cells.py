@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label
-from ..checks import whole_number
+from ..checks import real_number, whole_number
 from ..images import on_colour
 
 # %% ../../nbs/00_cells.ipynb #5e2c9898
@@ -39,9 +39,10 @@ class Cells:
 
 # %% ../../nbs/00_cells.ipynb #c842d773
 def cells_of(
-    caption: str,
+    caption: str,   # such as 'two long pink cells'
 ) -> Cells:
-    "What a caption asks for. ValueError if it is not one that `Cells` has."
+    "What a caption asks for. TypeError if it is no text, ValueError if it is not one that `Cells` has."
+    if not isinstance(caption, str): raise TypeError(f'caption={caption!r} is not text. Give a string.')
     words = caption.replace(',', ' ').split()
     try: found = Cells(NUMBERS.index(words[0]) + 1, words[1], words[2], words[-1]=='dividing')
     except (ValueError, IndexError): found = None
@@ -75,12 +76,13 @@ def soft(
     "1 inside, 0 outside, half at the rim."
     return 1/(1 + np.exp((r - 1)*edge))
 
+# %% ../../nbs/00_cells.ipynb #e0b7c5d2
 def cell(
-    at: tuple[float, float],   # row and column of its centre
-    shape: str,                # one of `FORMS`
-    dividing: bool,
-    radius: float,             # pixels
-    rng: np.random.Generator,
+    at: tuple[float, float],    # row and column of its centre
+    shape: str,                 # one of `FORMS`
+    dividing: bool,             # two halves instead of one body
+    radius: float,              # pixels
+    rng: np.random.Generator,   # of where it turns and bends
 ) -> tuple[np.ndarray, np.ndarray]:
     "How much stain one cell holds at each pixel, and where the cell is: both (SIDE, SIDE)."
     y, x = np.mgrid[:SIDE, :SIDE] - np.reshape(at, (2, 1, 1))
@@ -96,9 +98,9 @@ def cell(
 
 # %% ../../nbs/00_cells.ipynb #539010eb
 def scatter(
-    count: int,
-    reach: float,     # pixels that a cell needs around its centre
-    rng: np.random.Generator,
+    count: int,                 # of cells
+    reach: float,               # pixels that a cell needs around its centre
+    rng: np.random.Generator,   # of the places
 ) -> np.ndarray:
     "Centres (count, 2) at random, apart from each other and from the edge; nearer where there is no room."
     while True:
@@ -111,13 +113,14 @@ def scatter(
 # %% ../../nbs/00_cells.ipynb #2509800e
 def draw_cells(
     cells: Cells,            # up to four
-    patient: Patient,
-    seed: int = 0,
+    patient: Patient,        # whose cells they are
+    seed: int = 0,           # of places, forms and grain
     photons: float = 600.,   # that a pixel of white counts
 ) -> tuple[Image.Image, np.ndarray]:
     """A picture of these cells, and which pixel belongs to which: a mask (SIDE, SIDE), 0 for none.
     Absorption by Beer and Lambert; stains of Ruifrok and Johnston 2001. ValueError for what cannot be drawn."""
     whole_number('count', cells.count, 1, 4); cells_of(cells.caption); whole_number('seed', seed, 0)
+    if real_number('photons', photons)<=0: raise ValueError(f'photons={photons}. Give a number above 0.')
     rng, radius = np.random.default_rng([26, seed]), RADIUS*patient.size
     stained, mask = np.zeros((SIDE, SIDE)), np.zeros((SIDE, SIDE), np.uint8)
     reach = radius*(1.25 if cells.shape=='round' and not cells.dividing else 1.6)
@@ -132,19 +135,21 @@ def draw_cells(
 
 # %% ../../nbs/00_cells.ipynb #31aaa7e9
 def some_cells(
-    rng: np.random.Generator,
+    rng: np.random.Generator,   # of all choices
 ) -> Cells:
     "One to four cells at random: a third of the pictures with long ones; in half of the others one divides."
     shape = str(rng.choice(['round', 'round', 'long']))
     dividing = shape=='round' and rng.random() < .5
     return Cells(int(rng.integers(1, 5)), shape, str(rng.choice([*STAINS])), bool(dividing))
 
+# %% ../../nbs/00_cells.ipynb #9c24d0be
 def write_cells(
     folder: Path,             # is made if it is not there
     patients: Sequence[int],  # their numbers
     each: int = 8,            # pictures of a patient
 ) -> None:
-    "Pictures as PNG, and `captions.csv` with a line for each: file, caption, patient."
+    "Pictures as PNG, and `captions.csv` with a line for each: file, caption, patient. Errors as `patient`."
+    whole_number('each', each, 1)
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for p in patients:
@@ -159,19 +164,21 @@ def write_cells(
 
 # %% ../../nbs/00_cells.ipynb #669ae2b6
 def optical_density(
-    image: Image.Image,
+    image: Image.Image,   # of any size
 ) -> np.ndarray:
     "How much light is taken away, (H, W, 3), smoothed a little: 0 for empty glass, 1 for nine tenths of it."
     light = np.asarray(on_colour(image), dtype=float).clip(1)
     glass = np.percentile(light, 75, axis=(0, 1))      # most of a picture is empty
     return gaussian_filter(-np.log10(light/glass), (1, 1, 0))
 
+# %% ../../nbs/00_cells.ipynb #05e8f7a1
 def look(
     image: Image.Image,      # SIDE x SIDE
     level: float = .18,      # density, in the channel that absorbs most, of a pixel that belongs to a cell
     least: float = .3,       # area of what counts as a cell, in areas of a round one
 ) -> Cells | None:
-    "What can be seen in a picture, by counting connected patches; None for an empty one."
+    "What can be seen in a picture, by counting connected patches; None for an empty one. ValueError for another size."
+    if image.size!=(SIDE, SIDE): raise ValueError(f'image is {image.size}. Give one of {SIDE} x {SIDE}, as here.')
     density = optical_density(image)
     patches, n = label(density.max(-1) > level)
     places = [np.argwhere(patches==k + 1) for k in range(n)]
@@ -187,8 +194,8 @@ def look(
 
 # %% ../../nbs/00_cells.ipynb #391ee302
 def parts_right(
-    images: Sequence[Image.Image],
-    captions: Sequence[str],   # one for each
+    images: Sequence[Image.Image],   # SIDE x SIDE each
+    captions: Sequence[str],         # one for each
 ) -> dict[str, float]:
     "Of how many pictures `look` sees count, shape, stain, division as in the caption: parts of 1."
     if not len(images) or len(images)!=len(captions):

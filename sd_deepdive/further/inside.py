@@ -24,7 +24,7 @@ from ..checks import real_number, whole_number
 from ..images import on_colour
 from ..parts import Parts, take_apart
 from ..prediction import predict_x0
-from ..sampling import Step, ask_unet
+from ..sampling import Step, ask_unet, read_texts
 from ..schedule import add_noise, alpha_bar_at, begin
 from ..scratch.autoencoder import Attention
 from ..scratch.samplers import with_sampler
@@ -52,6 +52,15 @@ class Look:
     weights: Tensor   # (rows, heads, h, w, M): at each place how much of each token, or of each place
 
 # %% ../../nbs/23_look_inside.ipynb #2d74ffd8
+def _blocks(unet: UNet, layers: str) -> dict[str, Transformer]:
+    "The transformer blocks whose names match. ValueError for no regular expression, or if there are none."
+    try: wanted = re.compile(layers)
+    except (re.error, TypeError):
+        raise ValueError(f'layers={layers!r} is no regular expression. Give a name.') from None
+    found = {n: b for n, b in unet.named_modules() if isinstance(b, Transformer) and wanted.search(n)}
+    if not found: raise ValueError(f"layers={layers!r} is in no block's name. Give 'up_blocks', say, or ''.")
+    return found
+
 def _note(looks: list[Look], now: dict, layer: str, heads: bool):
     "A hook for an attention layer that adds to the looks."
     def hook(attention, inputs, output):
@@ -73,9 +82,7 @@ def watch_attention(
         raise ValueError(f"to={to!r} is nothing to look at. Give 'words' or 'pixels'.")
     if not isinstance(unet := getattr(parts, 'unet', None), UNet):
         raise TypeError(f'parts.unet is a {type(unet).__name__}. Give unet_by_hand(parts).')
-    blocks = {n: b for n, b in unet.named_modules() if isinstance(b, Transformer) and re.search(layers, n)}
-    if not blocks: raise ValueError(f"layers={layers!r} is in no block's name. Give 'up_blocks', say, or ''.")
-    looks, now = [], dict(call=-1)
+    blocks, looks, now = _blocks(unet, layers), [], dict(call=-1)
     with ExitStack() as hooks:     # each hook is removed at the end, also after an error
         keep = lambda hook: hooks.enter_context(hook)
         keep(unet.register_forward_pre_hook(lambda *_: now.update(call=now['call'] + 1)))
@@ -118,8 +125,8 @@ def token_maps(
 
 # %% ../../nbs/23_look_inside.ipynb #f61ae81d
 def token_names(
-    parts: Parts,
-    prompt: str,
+    parts: Parts,   # of a model; a pipeline will do too
+    prompt: str,    # one text
 ) -> list[str]:
     "The tokens of a prompt as text, with 'start' before and 'end' behind; the rest of the 77 are padding."
     if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
@@ -135,17 +142,20 @@ def among_words(
     words: int,     # tokens between start and end: len(token_names(...)) - 2
 ) -> Tensor:
     "Each word's share of what all words get, at each place: (pictures, words, h, w). ValueError for no words."
+    if maps.ndim!=4: raise ValueError(f'maps has shape {tuple(maps.shape)}. Give (pictures, M, h, w).')
     whole_number('words', words, 1, maps.shape[1] - 1)
     maps = maps[:, 1:words + 1]
     return maps/maps.sum(1, keepdim=True).clamp(min=1e-12)
 
 # %% ../../nbs/23_look_inside.ipynb #f1e273c4
 def lay_over(
-    picture: Image.Image,
-    heat: Tensor,          # (h, w), of any range: the least of it is shown black, the most yellow
-    opacity: float = .6,
+    picture: Image.Image,   # of any size and mode
+    heat: Tensor,           # (h, w), of any range: the least of it is shown black, the most yellow
+    opacity: float = .6,    # of the map: 0 none, 1 the map alone
 ) -> Image.Image:
     "A map over a picture in grey, each place of the map a rectangle. ValueError for what is no map."
+    if not 0 <= real_number('opacity', opacity) <= 1:
+        raise ValueError(f'opacity={opacity} is out of range. Give a number from 0 to 1.')
     if heat.ndim!=2: raise ValueError(f'heat has shape {tuple(heat.shape)}. Give one map, (h, w).')
     heat = heat.float().cpu() - heat.min().item()
     colours = colormaps['inferno']((heat/heat.max().clamp(min=1e-12)).numpy(), bytes=True)[..., :3]
@@ -166,19 +176,22 @@ def place_map(
     largest = [look.weights for look in looks if look.weights.shape[2:4]==(h, w)]
     if largest[0].shape[-1]!=h*w: raise ValueError("looks are not at places. Watch with to='pixels'.")
     whole_number('row', row, 0, h - 1); whole_number('column', column, 0, w - 1)
+    rows = len(largest[0])
+    whole_number('picture', picture, -rows, rows - 1)
     seen = [x[picture, :, row, column].float().mean(0) for x in largest]
     return torch.stack(seen).mean(0).unflatten(0, (h, w))
 
 # %% ../../nbs/23_look_inside.ipynb #dd5cba6f
 def mark(
-    picture: Image.Image,
-    row: int,                # of a map of this height and width
-    column: int,
-    size: tuple[int, int],
-    colour: str = 'cyan',
+    picture: Image.Image,    # of any size and mode
+    row: int,                # of a place of the map, from the top
+    column: int,             # from the left
+    size: tuple[int, int],   # of the map: height, width
+    colour: str = 'cyan',    # of the frame
 ) -> Image.Image:
-    "A copy of the picture with a frame around one place of a map."
+    "A copy of the picture with a frame around one place of a map. TypeError or ValueError for a place that is none."
     (h, w), marked = size, on_colour(picture).copy()
+    whole_number('row', row, 0, h - 1); whole_number('column', column, 0, w - 1)
     x, y = column*marked.width//w, row*marked.height//h
     box = x - 2, y - 2, x + marked.width//w + 1, y + marked.height//h + 1
     ImageDraw.Draw(marked).rectangle(box, outline=colour, width=2)
@@ -191,10 +204,12 @@ def slerp(
     share: float,   # of the second, 0 to 1
 ) -> Tensor:
     """From one noise to the other along the sphere, each picture by itself: the same shape. Parallel ones are
-    mixed straight. ValueError for two shapes. Shoemake 1985, Animating rotation with quaternion curves."""
+    mixed straight. ValueError for two shapes, or no share. Shoemake 1985, Animating rotation with quaternion curves."""
     if a.shape!=b.shape:
         raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}. Give two of one shape.')
-    s, shape = real_number('share', share), (-1, *[1]*(a.ndim - 1))
+    if not 0 <= (s := real_number('share', share)) <= 1:
+        raise ValueError(f'share={share} is out of range. Give a number from 0 to 1.')
+    shape = -1, *[1]*(a.ndim - 1)
     x, y = (v.flatten(1).double() for v in (a, b))
     cosine = (x*y).sum(1)/(x.norm(dim=1)*y.norm(dim=1)).clamp(min=1e-12)
     angle = cosine.clamp(-1, 1).acos()
@@ -227,13 +242,13 @@ def ddim_move(
 # %% ../../nbs/23_look_inside.ipynb #96ba7f2e
 @torch.no_grad()
 def invert(
-    parts: Parts,                  # DDIM steps are taken, whatever its scheduler
-    latents: Tensor,               # (B, 4, h, w), of pictures, from `pil2latent`
-    text: Tensor,                  # (B, 77, D), what they show
-    uncond: Tensor | None = None,  # (B, 77, D); not needed for g = 1
-    guidance_scale: float = 1.,
-    num_inference_steps: int = 50,
-    refine: int = 0,               # how often each step is taken again with what the UNet says at its end
+    parts: Parts,                    # DDIM steps are taken, whatever its scheduler
+    latents: Tensor,                 # (B, 4, h, w), of pictures, from `pil2latent`
+    text: Tensor,                    # (B, 77, D), what they show
+    uncond: Tensor | None = None,    # (B, 77, D); not needed for g = 1
+    guidance_scale: float = 1.,      # g, on the way from picture to noise
+    num_inference_steps: int = 50,   # from the picture to the noise
+    refine: int = 0,                 # how often each step is taken again with what the UNet says at its end
 ) -> Iterator[Step]:
     """From pictures to their noise: the steps of DDIM backwards; `latents` of the last is the noise. Draw with
     `with_sampler(parts, 'DDIM')` and as many steps. ValueError or TypeError for what does not fit.
@@ -242,11 +257,13 @@ def invert(
     scheduler, times = begin(with_sampler(parts, 'DDIM').scheduler, num_inference_steps, device=parts.device)
     times = torch.cat([times, times.new_zeros(1)]).flip(0)
     ask = partial(ask_unet, parts, text=text, uncond=uncond, guidance_scale=guidance_scale)
+    words = None     # the first question is checked; then the texts are read, once
     for i, (now, then) in enumerate(pairwise(alpha_bar_at(scheduler, times))):
-        noise = ask(latents, times[i])
+        noise = ask(latents, times[i], words=words)
+        if words is None: words = read_texts(parts, text, uncond, guidance_scale)
         up = ddim_move(latents, noise, now, then)
         for _ in range(refine):
-            noise = ask(up, times[i + 1])
+            noise = ask(up, times[i + 1], words=words)
             up = ddim_move(latents, noise, now, then)
         yield (step := Step(i, times[i], latents, noise, predict_x0(latents, noise, now), up))
         latents = step.latents

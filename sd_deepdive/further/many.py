@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..checks import real_number, texts, whole_number
+from ..checks import real_number, side, texts, whole_number
 from ..latents import make_img
 from ..parts import Parts, take_apart
 from ..places import EMBEDDED
@@ -49,9 +49,9 @@ class Wish:
 
 # %% ../../nbs/00_many_pictures.ipynb #a0093b13
 def number_wishes(
-    prompts: str | Sequence[str],
-    seed: int = 0,               # of the first; each gets the next
-    negative_prompt: str = '',   # of all
+    prompts: str | Sequence[str],   # one or several
+    seed: int = 0,                  # of the first; each gets the next
+    negative_prompt: str = '',      # of all
 ) -> list[Wish]:
     "A wish for each prompt, its seed by its place. TypeError or ValueError for what is no text or no seed."
     first = whole_number('seed', seed, 0, 2**63)
@@ -79,6 +79,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict]]:
 READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(text)),
            '.csv': _csv_rows, '.jsonl': _json_rows}
 
+# %% ../../nbs/00_many_pictures.ipynb #6b0d9f2a
 def _wish(row: dict, seed: int) -> Wish:
     "The wish of a row; `seed` is for one that names none. TypeError or ValueError for a row that is none."
     names = ('prompt', 'seed', 'negative_prompt')
@@ -118,10 +119,11 @@ def picture_file(
     "Where a picture goes. A thousand share a folder: some file systems are slow with more."
     return folder/f'{i//1000:03d}'/f'{i:06d}.png'
 
+# %% ../../nbs/00_many_pictures.ipynb #c5d9e8b7
 def write_picture(
-    file: Path,
-    image: Image.Image,
-    about: dict,    # what the picture is: names and values
+    file: Path,           # its name ends in .png
+    image: Image.Image,   # of any mode that PNG has
+    about: dict,          # what the picture is: names and values
 ) -> None:
     "Write a PNG with text fields, as a whole or not at all."
     info, part = PngInfo(), file.with_suffix('.part')
@@ -134,8 +136,8 @@ def write_picture(
 
 # %% ../../nbs/00_many_pictures.ipynb #a085ac74
 def is_drawn(
-    file: Path,
-    about: dict,    # as it was given to `write_picture`
+    file: Path,    # from `picture_file`
+    about: dict,   # as it was given to `write_picture`
 ) -> bool:
     "Whether a picture is there and whole. ValueError if it is one of another wish."
     try:
@@ -152,7 +154,7 @@ def is_drawn(
 
 # %% ../../nbs/00_many_pictures.ipynb #63835947
 def fingerprint(
-    parts: Parts,
+    parts: Parts,   # of any model
 ) -> str:
     "Twelve hex digits from 64 numbers of each weight and the scheduler's config: another model has others."
     digest = hashlib.sha256(repr(sorted(parts.scheduler.config.items())).encode())
@@ -165,10 +167,13 @@ def fingerprint(
 # %% ../../nbs/00_many_pictures.ipynb #e0f8a4f9
 def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None, width: int | None) -> dict:
     "What all pictures of a run share. TypeError or ValueError for numbers that are none."
+    sides = {name: side(name, parts.side if value is None else value, parts.factor)
+             for name, value in dict(height=height, width=width).items()}
     return dict(model=str(model), fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
-                g=real_number('g', g), steps=whole_number('steps', steps, 1), height=height or parts.side,
-                width=width or parts.side, dtype=str(parts.dtype).removeprefix('torch.'))
+                g=real_number('g', g), steps=whole_number('steps', steps, 1), **sides,
+                dtype=str(parts.dtype).removeprefix('torch.'))
 
+# %% ../../nbs/00_many_pictures.ipynb #8e17b3c6
 def _claim(folder: Path, settings: dict) -> None:
     "Begin a run in a folder, or go on with one. ValueError if it is of other settings, or cannot be used."
     record, go_on = folder/'run.json', settings
@@ -195,15 +200,15 @@ def _todo(folder: Path, wishes: Sequence[Wish], settings: dict, acc: Accelerator
 
 # %% ../../nbs/00_many_pictures.ipynb #64b0b95c
 def draw_many(
-    parts: Parts,               # a pipeline will do too
-    wishes: Sequence[Wish],     # from `read_wishes` or `number_wishes`
-    folder: str | Path,         # new, or of the same run
-    g: float = 3.,              # guidance scale
-    steps: int = 25,
-    height: int | None = None,  # pixels; default: what the model was trained for
-    width: int | None = None,
-    batch_size: int = 8,        # pictures computed at a time by each process
-    model: str = '',            # the model's name, for the record
+    parts: Parts,                     # a pipeline will do too
+    wishes: Sequence[Wish],           # from `read_wishes` or `number_wishes`
+    folder: str | Path,               # new, or of the same run
+    g: float = 3.,                    # guidance scale
+    steps: int = 25,                  # of the sampler, for each picture
+    height: int | None = None,        # pixels; default: what the model was trained for
+    width: int | None = None,         # likewise
+    batch_size: int = 8,              # pictures computed at a time by each process
+    model: str = '',                  # the model's name, for the record
     acc: Accelerator | None = None,   # which of several processes this is; default: as it was started
 ) -> list[Path]:
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
@@ -233,15 +238,15 @@ def draw_many(
 # %% ../../nbs/00_many_pictures.ipynb #c13ce290
 @call_parse
 def draw_file(
-    prompts: Path = Path('captions.txt'),  # .txt, .csv or .jsonl: one picture a line
-    folder: Path = Path('pictures'),       # new, or of the same run
-    model: str = EMBEDDED,                 # "embedded", a folder, or a hub id
-    g: float = 3.,                         # guidance scale
-    steps: int = 25,
-    seed: int = 0,                         # of the first picture, where the file names none
-    height: int | None = None,             # pixels
-    width: int | None = None,
-    batch_size: int = 8,                   # pictures computed at a time by each process
+    prompts: Path = Path('captions.txt'),   # .txt, .csv or .jsonl: one picture a line
+    folder: Path = Path('pictures'),        # new, or of the same run
+    model: str = EMBEDDED,                  # "embedded", a folder, or a hub id
+    g: float = 3.,                          # guidance scale
+    steps: int = 25,                        # of the sampler, for each picture
+    seed: int = 0,                          # of the first picture, where the file names none
+    height: int | None = None,              # pixels
+    width: int | None = None,               # likewise
+    batch_size: int = 8,                    # pictures computed at a time by each process
 ) -> None:
     "Draw a picture for each line of a file, on this process or on several. Start it again to go on."
     wishes, acc = read_wishes(prompts, seed), accelerator()

@@ -41,16 +41,21 @@ class Example:
     caption: str
     group: str     # whom the picture is from: what has one group stays together
 
+# %% ../../nbs/26_your_own_pictures.ipynb #0a7bb1f4
 def read_captions(
     folder: Path,            # with the pictures
     captions: Path,          # a CSV with the columns `file` and `caption`
     group: str = 'patient',  # name of a third column; without it each picture is a group of its own
 ) -> list[Example]:
-    "The lines of a table. FileNotFoundError for no table, ValueError if a column is missing, or all lines."
-    with Path(captions).open(newline='', encoding='utf-8-sig') as f: rows = [*csv.DictReader(f)]
+    """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column or
+    all lines."""
+    name = Path(captions).name
+    try:
+        with Path(captions).open(newline='', encoding='utf-8-sig') as f: rows = [*csv.DictReader(f)]
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f'{name} cannot be read: {e}. Save it as CSV in UTF-8.') from None
     if not rows or not {'file', 'caption'} <= rows[0].keys():
         found = ', '.join(map(str, rows[0])) if rows else 'no line'
-        name = Path(captions).name
         raise ValueError(f"{name} has {found}. Give it the columns 'file' and 'caption', and lines.")
     cell = lambda row, name: (row.get(name) or '').strip()
     return [Example(Path(folder)/cell(row, 'file'), cell(row, 'caption'),
@@ -67,9 +72,10 @@ def _fault(parts: Parts, example: Example) -> str:
     except (OSError, SyntaxError, UnidentifiedImageError): return 'cannot be read as a picture'
     return f'is small, {size[0]} x {size[1]}' if min(size) < parts.side else ''
 
+# %% ../../nbs/26_your_own_pictures.ipynb #b6c1f0a9
 def problems(
-    parts: Parts,
-    examples: Sequence[Example],
+    parts: Parts,                  # of the model that will be trained
+    examples: Sequence[Example],   # from `read_captions`
 ) -> list[str]:
     "What is wrong with a data set, a line for each fault; an empty list if nothing is."
     found, seen = [], {}
@@ -83,19 +89,22 @@ def problems(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #361363f8
 def is_held_out(
-    group: str,
-    share: float = .2,     # of all groups, about
+    group: str,          # its name
+    share: float = .2,   # of all groups, about
 ) -> bool:
-    "Whether a group is kept back: decided by its name alone, so it stays so when others come or go."
+    """Whether a group is kept back: decided by its name alone, so it stays so when others come or go. TypeError for
+    what is no name."""
+    if not isinstance(group, str): raise TypeError(f'group={group!r} is not text. Give the name of a group.')
     number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8])
     return number < share*2**64
 
+# %% ../../nbs/26_your_own_pictures.ipynb #4bd7e2c8
 def split(
-    examples: Sequence[Example],
-    share: float = .2,
+    examples: Sequence[Example],   # from `read_captions`
+    share: float = .2,             # of all groups that is held out, about
 ) -> tuple[list[Example], list[Example]]:
     "Those to train on, and those held out, no group in both. ValueError if one side is empty."
-    if not 0 < real_number('share', share) < 1: raise ValueError(f'share={share}: give a part of 1.')
+    if not 0 < real_number('share', share) < 1: raise ValueError(f'share={share} is no part. Give one between 0 and 1.')
     held = [e for e in examples if is_held_out(e.group, share)]
     train = [e for e in examples if not is_held_out(e.group, share)]
     if not held or not train:
@@ -105,9 +114,9 @@ def split(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #528a8d43
 def encode(
-    parts: Parts,
-    examples: Sequence[Example],
-    batch: int = 16,
+    parts: Parts,                  # of a model; a pipeline will do too
+    examples: Sequence[Example],   # whose files can be read
+    batch: int = 16,               # pictures encoded at a time
 ) -> Tensor:
     "Scaled latents (N, 4, h, w) of the pictures, each brought to the model's size, on the CPU."
     latents = []
@@ -143,10 +152,10 @@ class Learner(nn.Module):
 
 # %% ../../nbs/26_your_own_pictures.ipynb #7e3281f8
 def caption_batches(
-    parts: Parts,
+    parts: Parts,              # its tokenizer is used
     latents: Tensor,           # (N, 4, h, w), scaled
     captions: Sequence[str],   # (N,)
-    batch: int = 8,
+    batch: int = 8,            # pictures in a batch
     drop: float = .1,          # part of the captions left empty: guidance needs it
 ) -> Callable:
     "`draw` for `Trainer.fit`: pictures at random, the ids of their captions, a time, noise."
@@ -160,17 +169,17 @@ def caption_batches(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
 def fine_tune(
-    parts: Parts,              # its UNet is trained, and rows of its token table that are zero
-    latents: Tensor,           # (N, 4, h, w), scaled
-    captions: Sequence[str],   # (N,)
-    steps: int,
-    lr: float = 1e-3,
-    batch: int = 8,
-    rank: int = 0,             # of a LoRA, merged at the end; 0: train the whole UNet
+    parts: Parts,                     # its UNet is trained, and rows of its token table that are zero
+    latents: Tensor,                  # (N, 4, h, w), scaled
+    captions: Sequence[str],          # (N,)
+    steps: int,                       # of training, in all
+    lr: float = 1e-3,                 # the rate between warm-up and decay
+    batch: int = 8,                   # pictures in a batch
+    rank: int = 0,                    # of a LoRA, merged at the end; 0: train the whole UNet
     folder: Path | None = None,       # for checkpoints: a run that was killed goes on from the last one
     report: Callable | None = None,   # (Learner, step) -> a line of text, each `every` steps
-    every: int = 250,
-    seed: int = 0,
+    every: int = 250,                 # steps between checkpoints, and between reports
+    seed: int = 0,                    # of all that is random
 ) -> list[float]:
     "Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`."
     torch.manual_seed(seed)
@@ -187,10 +196,10 @@ def fine_tune(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #19e5dab6
 def held_out_loss(
-    parts: Parts,
-    latents: Tensor,           # (N, 4, h, w), scaled
-    captions: Sequence[str],   # (N,)
-    times: Sequence[int] = range(100, 1000, 200),
+    parts: Parts,                                   # of a model; a pipeline will do too
+    latents: Tensor,                                # (N, 4, h, w), scaled
+    captions: Sequence[str],                        # (N,)
+    times: Sequence[int] = range(100, 1000, 200),   # at which the loss is measured
 ) -> float:
     "The loss of lesson 21, the mean over some times, with the same noise at each call."
     text = text_enc(parts, captions)
@@ -209,16 +218,21 @@ def copies(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #2f7995f3
 def save_model(
-    parts: Parts,
-    folder: Path,     # `load_parts(folder)` reads it again
+    parts: Parts,   # of a model; a pipeline will do too
+    folder: Path,   # `load_parts(folder)` reads it again; a model that is there is replaced
 ) -> None:
-    "Write a model in the layout of diffusers, as a whole or not at all."
+    "Write a model in the layout of diffusers, as a whole or not at all. ValueError for a folder of something else."
+    folder = Path(folder)
+    if folder.exists() and not (folder/'model_index.json').is_file():
+        raise ValueError(f'folder={str(folder)!r} holds something else than a model. Give a new one.')
     named = {name: getattr(parts, name) for name in ('tokenizer', 'text_encoder', 'unet', 'vae', 'scheduler')}
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    part = Path(folder).with_suffix('.part')
+    part, old = folder.with_name(folder.name + '.part'), folder.with_name(folder.name + '.old')
+    for left in part, old: shutil.rmtree(left, ignore_errors=True)
     with quiet(): StableDiffusionPipeline(**named, **none).save_pretrained(part)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists(): folder.replace(old)
     part.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9
 @call_parse
@@ -228,9 +242,9 @@ def own_pictures(
     out: Path = Path('own_model'),     # gets checkpoints, a sheet of samples, a record, and the model
     group: str = 'patient',            # the column that says whom a picture is from
     share: float = .2,                 # of the groups, held out
-    steps: int = 1000,
-    batch: int = 8,
-    lr: float = 1e-3,
+    steps: int = 1000,                 # of training
+    batch: int = 8,                    # pictures in a batch
+    lr: float = 1e-3,                  # the rate between warm-up and decay
     rank: int = 0,                     # of a LoRA; 0: the whole UNet
     every: int = 250,                  # steps between checkpoints
 ) -> None:

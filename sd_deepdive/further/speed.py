@@ -27,18 +27,20 @@ from tqdm.auto import tqdm
 from typing import NamedTuple
 
 # %% ../../nbs/25_make_it_fast.ipynb #fc56ef0e
-def finish():
+def finish() -> None:
     "Wait until the GPU, if one is in use, has done what it was told."
     if torch.cuda.is_initialized(): torch.cuda.synchronize()
 
+# %% ../../nbs/25_make_it_fast.ipynb #2e71b0aa
 def in_turn(
     arms: Mapping[str, Callable[[], object]],         # what is to be timed, by name
     rounds: int,                                      # how often each
     clock: Callable[[], float] = time.perf_counter,   # or time.process_time: one thread, a busy CPU
 ) -> dict[str, list[float]]:
     """Seconds of each arm, round by round, after a call of each to warm up. ValueError for no arms or
-    less than two rounds."""
+    less than two rounds, TypeError for what is neither."""
     whole_number('rounds', rounds, 2)
+    if not isinstance(arms, Mapping): raise TypeError(f'arms is a {type(arms).__name__}. Give functions by name.')
     if not arms: raise ValueError('arms is empty: give at least one function, by its name.')
     for call in arms.values(): call()
     took = {name: [] for name in arms}
@@ -57,11 +59,14 @@ def paired(
     base: str,                         # the arm that the others are compared with
 ) -> dict[str, dict]:
     """Of each arm the median seconds and their quartiles; and how many times as fast as the base it is:
-    the median, and quartiles, of what base and arm took in the same round. ValueError for no such base."""
+    the median, and quartiles, of what base and arm took in the same round. ValueError for no such base,
+    or for arms of different rounds."""
     if base not in took: raise ValueError(f'base={base!r} is not an arm. Take one of {", ".join(took)}.')
+    if len(counts := {len(seconds) for seconds in took.values()})>1 or min(counts) < 2:
+        raise ValueError(f'took has {sorted(counts)} rounds. Give as many of each arm, two at least.')
     found = {}
     for name, seconds in took.items():
-        ratios = [a/b for a, b in zip(took[base], seconds, strict=True)]
+        ratios = [a/b for a, b in zip(took[base], seconds)]
         found[name] = dict(
             median=statistics.median(seconds), quartiles=statistics.quantiles(seconds, n=4)[::2],
             ratio=statistics.median(ratios), ratio_quartiles=statistics.quantiles(ratios, n=4)[::2],
@@ -82,8 +87,9 @@ def kind_of(
     name = name.removeprefix('aten::')
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), OVERHEAD)
 
+# %% ../../nbs/25_make_it_fast.ipynb #71d4c9e0
 def seconds_by_kind(
-    call: Callable[[], object],
+    call: Callable[[], object],   # it is called once
 ) -> dict[str, float]:
     """Seconds of one call on the CPU in each of `KINDS`, longest first, and as the last the overhead: what
     the call took beside them. Operations of other kinds count as overhead."""
@@ -98,7 +104,13 @@ def seconds_by_kind(
     return dict(spent.most_common()) | {OVERHEAD: max(0., whole - spent.total())}
 
 # %% ../../nbs/25_make_it_fast.ipynb #dd18a5aa
-def fused_attention_flops(q: Tensor, k: Tensor, v: Tensor, *_, **__) -> int:
+def fused_attention_flops(
+    q: Tensor,   # queries (B, heads, N, d)
+    k: Tensor,   # keys (B, heads, M, d)
+    v: Tensor,   # values, as the keys
+    *_,
+    **__,
+) -> int:
     "Of softmax(q k') v, (B, heads, N, d): two products of matrices for each head."
     return sdpa_flop_count(q.shape, k.shape, v.shape)
 
@@ -129,6 +141,7 @@ class Recorder(TorchDispatchMode):
             self.found.append(Operation(kind.__name__, flops, moved))
         return out
 
+# %% ../../nbs/25_make_it_fast.ipynb #90ab3f57
 @torch.no_grad()
 def operations(
     call: Callable[[], object],   # it is called once
@@ -137,35 +150,39 @@ def operations(
     with Recorder() as recorder: call()
     return recorder.found
 
-def flops(ops: Iterable[Operation]) -> int:
+def flops(
+    ops: Iterable[Operation],   # from `operations`
+) -> int:
     "All floating point operations, additions and multiplications counted one by one."
     return sum(op.flops for op in ops)
 
 # %% ../../nbs/25_make_it_fast.ipynb #f07fc5e5
 def fastest(
-    call: Callable[[], object],
-    tries: int = 20,
-    clock: Callable[[], float] = time.perf_counter,
+    call: Callable[[], object],                       # what is timed
+    tries: int = 20,                                  # how often, after one to warm up
+    clock: Callable[[], float] = time.perf_counter,   # or time.process_time: one thread, a busy CPU
 ) -> float:
-    "The least seconds of some tries: what is possible, not what is usual."
-    return min(in_turn({'it': call}, tries, clock)['it'])
+    "The least seconds of some tries: what is possible, not what is usual. TypeError or ValueError for less than two."
+    return min(in_turn({'it': call}, whole_number('tries', tries, 2), clock)['it'])
 
+# %% ../../nbs/25_make_it_fast.ipynb #c3a90d1e
 def matmul_rate(
-    side: int = 512,                         # of the two matrices; 8192 on a large GPU
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = 'cpu',
+    side: int = 512,                      # of the two matrices; 8192 on a large GPU
+    dtype: torch.dtype = torch.float32,   # of the matrices
+    device: torch.device | str = 'cpu',   # where they are
 ) -> float:
     "FLOPs a second in a product of two square matrices."
     a, b = (torch.randn(whole_number('side', side, 1), side, device=device).to(dtype) for _ in range(2))
     return 2*side**3/fastest(lambda: a@b)
 
 def memory_rate(
-    megabytes: float = 64,                   # of the vector: does it fit into a cache?
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = 'cpu',
+    megabytes: float = 64,                # of the vector: does it fit into a cache?
+    dtype: torch.dtype = torch.float32,   # of the vector
+    device: torch.device | str = 'cpu',   # where it is
 ) -> float:
     "Bytes a second, read or written, when a vector is doubled into another."
-    if real_number('megabytes', megabytes)<=0: raise ValueError(f'megabytes={megabytes}. Give more than 0.')
+    if real_number('megabytes', megabytes) < 1e-3:
+        raise ValueError(f'megabytes={megabytes} is no vector to speak of. Give .001 or more.')
     a = torch.ones(int(megabytes*1e6/dtype.itemsize), dtype=dtype, device=device)
     out = torch.empty_like(a)
     return 2*a.nbytes/fastest(lambda: torch.mul(a, 2, out=out))
@@ -179,10 +196,12 @@ class Machine(NamedTuple):
 
 def least_seconds(
     ops: Iterable[Operation],   # from `operations`
-    machine: Machine,
+    machine: Machine,           # its rates, and what asking costs
 ) -> float:
     """A lower bound: no operation is faster than its FLOPs, or than its bytes, allow; and none is free.
-    The roofline of Williams, Waterman and Patterson 2009, operation by operation."""
+    The roofline of Williams, Waterman and Patterson 2009, operation by operation. ValueError for rates of 0."""
+    if not min(machine.flops, machine.bytes) > 0:
+        raise ValueError(f'{machine} does nothing. Give rates above 0.')
     return sum(max(op.flops/machine.flops, op.bytes/machine.bytes) + machine.dispatch for op in ops)
 
 # %% ../../nbs/25_make_it_fast.ipynb #3f17486b
@@ -194,6 +213,7 @@ def _neighbours(
     padded = F.pad(latents, [size//2]*4, mode='replicate')
     return F.pad(F.unfold(padded, size), (0, 0, 0, 1), value=1.)
 
+# %% ../../nbs/25_make_it_fast.ipynb #b8d6e2f3
 def fit_preview(
     latents: Tensor,   # (B, C, h, w) of pictures
     pixels: Tensor,    # (B, 3, H, W) of the same pictures, -1 to 1

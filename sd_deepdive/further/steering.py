@@ -30,51 +30,67 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 # %% ../../nbs/24_steer_it.ipynb #e33e3bf3
-def _holds_larger(parts: Parts) -> bool:
-    "Whether the scheduler holds latents larger than the UNet sees them: its noise begins at sigma, not at 1."
-    return float(begin(parts.scheduler, 10)[0].init_noise_sigma) > 1.5
+def _holds_larger(scheduler) -> bool:
+    "Whether it holds latents larger than the UNet sees them: its noise begins at sigma, not at 1."
+    by_hand = getattr(scheduler, 'variance_preserving', None)
+    return float(scheduler.init_noise_sigma) > 1.5 if by_hand is None else not by_hand
+
+def _sigma_there(scheduler, t: Tensor | float) -> Tensor:
+    "`sigma_at` on the device of t. A GPU is not waited for, so there nobody looks whether t is a time."
+    if not isinstance(t, Tensor) or t.device.type=='cpu': return sigma_at(scheduler, t)
+    sigmas = sigma_at(scheduler, torch.arange(len(scheduler.alphas_cumprod))).float().to(t.device, non_blocking=True)
+    low = t.long().clamp(0, len(sigmas) - 2).view(1)
+    below, above = (sigmas.index_select(0, low + k) for k in (0, 1))
+    return torch.lerp(below, above, (t - low).float())[0]
 
 # %% ../../nbs/24_steer_it.ipynb #638c0eab
 def noise_in(
-    parts: Parts,
+    parts: Parts,        # of a model; a pipeline will do too
     t: Tensor | float,   # time
-) -> float:
-    """The standard deviation of the noise in what the scheduler holds at a time: sqrt(1 - alpha-bar), or sigma
-    where it holds latents larger. ValueError for a time that is none."""
-    parts = take_apart(parts)
-    if _holds_larger(parts): return sigma_at(parts.scheduler, t).item()
-    return (1 - alpha_bar_at(parts.scheduler, t)).sqrt().item()
+) -> Tensor:
+    """The standard deviation of the noise in what the scheduler holds at a time, one number, on the device of t:
+    sqrt(1 - alpha-bar), or sigma where it holds latents larger. ValueError for a time that is none."""
+    scheduler = take_apart(parts).scheduler
+    sigma = _sigma_there(scheduler, t)
+    return sigma if _holds_larger(scheduler) else sigma/(sigma**2 + 1)**.5
 
 # %% ../../nbs/24_steer_it.ipynb #067de2c6
 def after_step(
-    parts: Parts,
-    i: int,                      # the step, from 0
-    x0: Tensor,                  # (B, 4, h, w), clean latents
-    noise: Tensor,               # the noise beside them, same shape
-    num_inference_steps: int,
-) -> Tensor:
-    """What the loop goes on from after step i if the picture is x0: x0 with the noise of the next time, and after the
-    last step x0 itself. ValueError for a scheduler that asks more than once a step. Song et al. 2021, arXiv:2010.02502, eq. 12."""
-    parts, n = take_apart(parts), num_inference_steps
-    if len(begin(parts.scheduler, n)[1])!=n:
-        raise ValueError(f'{type(parts.scheduler).__name__} asks the UNet more than once in some steps. '
+    parts: Parts,               # with a scheduler that asks once a step, such as DDIM
+    num_inference_steps: int,   # of the run
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A function of a step i, from 0, a clean picture x0 (B, 4, h, w) and the noise beside it: what the loop goes on
+    from if that is the picture, x0 with the noise of the next time; after the last step x0 itself. ValueError for a
+    scheduler that asks more than once a step. Song et al. 2021, arXiv:2010.02502, eq. 12."""
+    scheduler, times = begin(take_apart(parts).scheduler, num_inference_steps)
+    if len(times)!=(n := num_inference_steps):
+        raise ValueError(f'{type(scheduler).__name__} asks the UNet more than once in some steps. '
                          "Use with_scheduler(parts, 'DDIM').")
-    whole_number('i', i, 0, n - 1)
-    return x0 if i==n - 1 else start_latents(parts, noise, n, x0, i + 1)
+    larger = _holds_larger(scheduler)
+    sigmas = [float(s) for s in getattr(scheduler, 'sigmas', sigma_at(scheduler, times))]
+    def after(i, x0, noise):
+        if whole_number('i', i, 0, n - 1)==n - 1: return x0
+        if x0.shape!=noise.shape:
+            raise ValueError(f'x0 has shape {tuple(x0.shape)}, noise {tuple(noise.shape)}. Give two of one shape.')
+        x = x0 + sigmas[i + 1]*noise
+        return x if larger else x/(sigmas[i + 1]**2 + 1)**.5
+    return after
 
 # %% ../../nbs/24_steer_it.ipynb #e6592bb8
 def loss_gradient(
-    parts: Parts,
-    step: Step,                                  # of the loop
-    loss: Callable[[Tensor], Tensor],            # pixels (B, 3, H, W) to a number for each picture, (B,)
-    ask: Callable[[Tensor, Tensor], Tensor] | None = None,  # (x_t, t) to noise: go through the UNet; default: not
+    parts: Parts,                                            # of a model; a pipeline will do too
+    step: Step,                                              # of the loop
+    loss: Callable[[Tensor], Tensor],                        # pixels (B, 3, H, W) to a number for each picture, (B,)
+    ask: Callable[[Tensor, Tensor], Tensor] | None = None,   # (x_t, t) to noise: go through the UNet; default: not
 ) -> tuple[Tensor, Tensor]:
     """The loss of the decoded guess x0 of each picture (B,), and its gradient (B, 4, h, w): with respect to x0, or
     through the UNet to x_t. ValueError for a loss that does not give a number for each picture."""
-    parts, share = take_apart(parts), alpha_bar_at(parts.scheduler, step.t)
+    parts = take_apart(parts)
     with torch.enable_grad():
-        x = (step.x0 if ask is None else step.x_t).detach().clone().requires_grad_()
-        x0 = x if ask is None else predict_x0(x, ask(x, step.t), share)
+        x = x0 = (step.x0 if ask is None else step.x_t).detach().clone().requires_grad_()
+        if ask is not None:
+            share = 1/(_sigma_there(parts.scheduler, step.t)**2 + 1)
+            x0 = predict_x0(x, ask(x, step.t), share)
         values = loss(parts.vae.decode(x0/parts.scaling_factor).sample)
         if not isinstance(values, Tensor) or values.shape!=(len(x),):
             raise ValueError(f'loss gives {getattr(values, "shape", type(values).__name__)}. Give a number for each '
@@ -84,10 +100,10 @@ def loss_gradient(
 
 # %% ../../nbs/24_steer_it.ipynb #15b82b0b
 def steer(
-    parts: Parts,
-    step: Step,                        # its latents are moved
-    loss: Callable[[Tensor], Tensor],  # pixels (B, 3, H, W) to a number for each picture, (B,)
-    strength: float,                   # how far, in parts of the noise: from .01 on
+    parts: Parts,                                            # of a model; a pipeline will do too
+    step: Step,                                              # its latents are moved
+    loss: Callable[[Tensor], Tensor],                        # pixels (B, 3, H, W) to a number for each picture, (B,)
+    strength: float,                                         # how far, in parts of the noise: from .01 on
     ask: Callable[[Tensor, Tensor], Tensor] | None = None,   # (x_t, t) to noise: go through the UNet; default: not
 ) -> Tensor:
     """Move `step.latents` against the gradient of a loss, in proportion to the noise in them; returns the loss before.
@@ -98,30 +114,51 @@ def steer(
     return values
 
 # %% ../../nbs/24_steer_it.ipynb #7a6a69dc
+def _mask(mask: Tensor) -> Tensor:
+    "The mask. TypeError or ValueError for what is none."
+    if not isinstance(mask, Tensor): raise TypeError(f'mask is a {type(mask).__name__}. Give a tensor (height, width).')
+    if mask.ndim!=2 or not (mask > 0).any():
+        raise ValueError(f'mask has shape {tuple(mask.shape)}. Give (height, width), not zero everywhere.')
+    return mask
+
+def _masked(pixels: Tensor, mask: Tensor) -> Tensor:
+    "The mask, like the pixels. ValueError for two sizes."
+    if pixels.shape[2:]!=mask.shape:
+        raise ValueError(f'mask has shape {tuple(mask.shape)}, the pictures {tuple(pixels.shape[2:])}. '
+                         'Give a mask of their size.')
+    return mask.to(pixels, non_blocking=True)
+
+# %% ../../nbs/24_steer_it.ipynb #3d9be2c4
 def colour_loss(
     colour: Sequence[float],      # red, green, blue, 0 to 1
     mask: Tensor | None = None,   # (H, W), 0 to 1: which pixels count; default: all
 ) -> Callable[[Tensor], Tensor]:
-    "A loss: the squared distance of the mean colour, in pixels from -1 to 1. ValueError for what is no colour."
-    if len(colour)!=3 or not all(0 <= real_number('colour', v) <= 1 for v in colour):
+    """A loss: the squared distance of the mean colour, in pixels from -1 to 1. TypeError or ValueError for what is no
+    colour, or no mask."""
+    three = isinstance(colour, Sequence) and len(colour)==3
+    if not three or not all(0 <= real_number('colour', v) <= 1 for v in colour):
         raise ValueError(f'colour={colour!r} is none. Give red, green and blue, each from 0 to 1.')
+    if mask is not None: _mask(mask)
     def loss(pixels):
-        weight = pixels.new_ones(pixels.shape[2:]) if mask is None else mask.to(pixels)
+        weight = pixels.new_ones(pixels.shape[2:]) if mask is None else _masked(pixels, mask)
         mean = (pixels*weight).sum((2, 3))/weight.sum()
-        return (mean - 2*pixels.new_tensor(colour) + 1).square().sum(1)
+        return torch.stack([(mean[:, c] - 2*v + 1).square() for c, v in enumerate(colour)]).sum(0)
     return loss
 
 # %% ../../nbs/24_steer_it.ipynb #2577f63e
 def caption_loss(
-    clip: Clip,                 # from `load_clip`
-    tokenizer: Callable,
-    captions: Sequence[str],    # one for each picture
+    clip: Clip,                # from `load_clip`
+    tokenizer: Callable,       # of the CLIP
+    captions: Sequence[str],   # one for each picture, or one for all
 ) -> Callable[[Tensor], Tensor]:
-    """A loss: 1 - the cosine of picture and caption. TypeError or ValueError for no captions.
+    """A loss: 1 - the cosine of picture and caption. TypeError or ValueError for no captions, or not one for each.
     Radford et al. 2021, arXiv:2103.00020."""
     device = next(clip.parameters()).device
     with torch.no_grad(): wanted = clip.embed_text(token_ids(tokenizer, texts('captions', captions)).to(device))
     def loss(pixels):
+        if len(wanted) not in (1, len(pixels)):
+            raise ValueError(f'captions has {len(wanted)} for {len(pixels)} pictures. '
+                             'Give one for each, or one for all.')
         return 1 - (clip.embed_picture(pixels.to(wanted))*wanted).sum(1)
     return loss
 
@@ -129,19 +166,22 @@ def caption_loss(
 def layout_loss(
     mask: Tensor,   # (H, W), 0 or 1: where there may be ink
 ) -> Callable[[Tensor], Tensor]:
-    "A loss: how far from white the picture is outside of a mask. ValueError for a mask that leaves no outside."
-    if mask.ndim!=2 or not (outside := 1 - mask.float()).sum() > 0:
-        raise ValueError(f'mask has shape {tuple(mask.shape)}. Give (height, width), with zeros outside.')
+    """A loss: how far from white the picture is outside of a mask. TypeError or ValueError for no mask, or one that
+    leaves no outside."""
+    if not (outside := 1 - _mask(mask).float()).sum() > 0:
+        raise ValueError('mask is 1 everywhere. Give one with zeros outside.')
     def loss(pixels):
-        return ((1 - pixels).square().mean(1)*outside.to(pixels)).sum((1, 2))/outside.sum().item()
+        weight = _masked(pixels, outside)
+        return ((1 - pixels).square().mean(1)*weight).sum((1, 2))/weight.sum()
     return loss
 
 # %% ../../nbs/24_steer_it.ipynb #230e1c73
 def mask2latent(
-    parts: Parts,
+    parts: Parts,        # of a model; a pipeline will do too
     mask: Image.Image,   # white where to draw anew, black where to keep
 ) -> Tensor:
-    "The mask for latents (1, 1, h, w), 0 or 1: 1 where any pixel is to be drawn. TypeError: no picture; ValueError: its size."
+    """The mask for latents (1, 1, h, w), 0 or 1: 1 where any pixel is to be drawn. TypeError for what is no picture,
+    ValueError for a size that does not go into latents."""
     parts = take_apart(parts)
     if not isinstance(mask, Image.Image): raise TypeError(f'mask is a {type(mask).__name__}. Give a PIL picture.')
     for name, value in zip(('width', 'height'), mask.size): fitting_side(name, value, parts.factor)
@@ -164,39 +204,41 @@ def _pasted(image: Image.Image, mask: Image.Image, made: Image.Image) -> Image.I
 # %% ../../nbs/24_steer_it.ipynb #033bdfd5
 @torch.no_grad()
 def inpaint(
-    parts: Parts,                      # with a scheduler that asks once a step, such as DDIM
-    image: Image.Image,
-    mask: Image.Image,                 # of the same size; white where to draw anew
-    prompt: str,                       # what the whole picture shows
-    seeds: int | Sequence[int] = 0,    # a picture for each
-    guidance_scale: float = 3.,
-    num_inference_steps: int = 25,
-    paste: bool = False,               # put the pixels to be kept back from the original at the end
+    parts: Parts,                                            # with a scheduler that asks once a step, such as DDIM
+    image: Image.Image,                                      # its sides are multiples of 8
+    mask: Image.Image,                                       # of the same size; white where to draw anew
+    prompt: str,                                             # what the whole picture shows
+    seeds: int | Sequence[int] = 0,                          # a picture for each
+    guidance_scale: float | Callable[[float], float] = 3.,   # g, or a function of the time
+    num_inference_steps: int = 25,                           # of the run
+    paste: bool = False,                                     # put the kept pixels of the original back at the end
 ) -> list[Image.Image]:
     """Draw a part of a picture anew. TypeError or ValueError for what does not fit.
     Avrahami et al. 2022, arXiv:2206.02779, algorithm 1."""
     parts, seeds, n = take_apart(parts), _fits(image, mask, seeds), num_inference_steps
     draw, known = mask2latent(parts, mask), pil2latent(parts, image).repeat(len(seeds), 1, 1, 1)
     text, uncond = text_enc(parts, [prompt]*len(seeds)), text_enc(parts, ['']*len(seeds))
-    noise = make_noise(parts, seeds, *image.size[::-1])
+    noise, after = make_noise(parts, seeds, *image.size[::-1]), after_step(parts, n)
     run = denoise(parts, start_latents(parts, noise, n), text, uncond, guidance_scale, n)
     for step in tqdm(run, total=n, delay=20, leave=False):
-        step.latents = draw*step.latents + (1 - draw)*after_step(parts, step.i, known, noise, n)
+        step.latents = draw*step.latents + (1 - draw)*after(step.i, known, noise)
     made = latents2pil(parts, step.latents)
     return [_pasted(image, mask, im) for im in made] if paste else made
 
 # %% ../../nbs/24_steer_it.ipynb #42094da2
 def wider(
-    image: Image.Image,
-    width: int,            # of the canvas, pixels
-    height: int,
-    left: int = 0,         # where the picture lies on it
-    top: int = 0,
+    image: Image.Image,   # of any mode
+    width: int,           # of the canvas, pixels
+    height: int,          # likewise
+    left: int = 0,        # where the picture lies on it
+    top: int = 0,         # likewise
 ) -> tuple[Image.Image, Image.Image]:
-    "The picture on a larger white canvas, and the mask of what is new. ValueError if it does not fit on it."
+    "The picture on a larger white canvas, and the mask of what is new. TypeError or ValueError if it does not fit."
+    if not isinstance(image, Image.Image): raise TypeError(f'image is a {type(image).__name__}. Give a PIL picture.')
     for name, value in dict(width=width, height=height, left=left, top=top).items(): whole_number(name, value, 0)
     if left + image.width > width or top + image.height > height:
-        raise ValueError(f'image of {image.size} at {left}, {top} does not fit on {width} x {height}. Give a larger canvas.')
+        raise ValueError(f'image of {image.size} at {left}, {top} does not fit on {width} x {height}. '
+                         'Give a larger canvas.')
     canvas, mask = Image.new('RGB', (width, height), 'white'), Image.new('L', (width, height), 255)
     canvas.paste(on_colour(image), (left, top)); mask.paste(0, (left, top, left + image.width, top + image.height))
     return canvas, mask
@@ -217,10 +259,10 @@ def parse_weights(
 
 # %% ../../nbs/24_steer_it.ipynb #d8a976cf
 def token_weights(
-    tokenizer: Callable,
-    plain: str,                                      # without brackets
-    spans: Sequence[tuple[int, int, float]],         # from `parse_weights`
-    length: int,                                     # tokens that the encoder reads, 77
+    tokenizer: Callable,                       # of the model
+    plain: str,                                # without brackets
+    spans: Sequence[tuple[int, int, float]],   # from `parse_weights`
+    length: int,                               # tokens that the encoder reads, 77
 ) -> Tensor:
     "A weight for each token (length,): 1 where none was given, and for start, end and filling."
     weights = torch.ones(length)
@@ -236,12 +278,13 @@ def _without(plain: str, start: int, end: int) -> str:
 
 # %% ../../nbs/24_steer_it.ipynb #8d02f1e3
 def weighted_text(
-    parts: Parts,
-    prompt: str,             # with weights, such as "octopus, (3d:1.3) style"
-    way: str = 'without',    # or 'scale', or 'empty'
+    parts: Parts,           # of a model; a pipeline will do too
+    prompt: str,            # with weights, such as "octopus, (3d:1.3) style"
+    way: str = 'without',   # or 'scale', or 'empty'
 ) -> Tensor:
-    """Hidden states (1, 77, D) of a prompt with weights: its words' states scaled, or moved away from the empty prompt's;
-    or all states moved away from those of the prompt without the word. TypeError: no text; ValueError: another way."""
+    """Hidden states (1, 77, D) of a prompt with weights: its words' states scaled, or moved away from the empty
+    prompt's; or all states moved away from those of the prompt without the word. TypeError for no text, ValueError
+    for another way."""
     if way not in ('scale', 'empty', 'without'):
         raise ValueError(f"way={way!r} is not known. Give 'without', 'scale' or 'empty'.")
     parts, (plain, spans) = take_apart(parts), parse_weights(prompt)
@@ -253,7 +296,7 @@ def weighted_text(
 
 # %% ../../nbs/24_steer_it.ipynb #0035d3b7
 def guided_between(
-    parts: Parts,
+    parts: Parts,            # of a model; a pipeline will do too
     guidance_scale: float,   # in the interval; 1 outside
     low: float,              # sigma at which it ends
     high: float,             # sigma from which on it guides
@@ -271,8 +314,10 @@ def rescale(
     like: Tensor,   # the same for the prompt alone
     phi: float,     # 0 leaves it, 1 rescales all of it
 ) -> Tensor:
-    "Brought towards the standard deviation of `like`, picture by picture. Lin et al. 2023, arXiv:2305.08891, eq. 14 to 16."
-    if not 0 <= real_number('phi', phi) <= 1: raise ValueError(f'phi={phi} is out of range. Give a number from 0 to 1.')
+    """Brought towards the standard deviation of `like`, picture by picture. ValueError for a phi that is no share.
+    Lin et al. 2023, arXiv:2305.08891, eq. 14 to 16."""
+    if not 0 <= real_number('phi', phi) <= 1:
+        raise ValueError(f'phi={phi} is out of range. Give a number from 0 to 1.')
     std = lambda v: v.std((1, 2, 3), keepdim=True)
     return phi*x*std(like)/std(x) + (1 - phi)*x
 
@@ -294,13 +339,18 @@ class KeepText:
 # %% ../../nbs/24_steer_it.ipynb #dded7779
 def rescale_x0(
     parts: Parts,               # with a scheduler that asks once a step, such as DDIM
-    step: Step,                 # its latents are replaced
-    text_noise: Tensor,         # the prediction for the prompt alone, from `KeepText`
-    num_inference_steps: int,
+    kept: KeepText,             # the `combine` of the same run
+    num_inference_steps: int,   # of the run
     phi: float = .7,            # 0 leaves it, 1 rescales all of it
-) -> None:
-    "Rescale the picture that a step means instead of the noise, and let the loop go on from there. Errors as `after_step`."
-    share = alpha_bar_at(take_apart(parts).scheduler, step.t)
-    x0 = rescale(step.x0, predict_x0(step.x_t, text_noise, share), phi)
-    noise = predict_noise(step.x_t, x0, share)
-    step.latents = after_step(parts, step.i, x0, noise, num_inference_steps)
+) -> Callable[[Step], None]:
+    """A hook: rescale the picture that a step means instead of the noise, and let the loop go on from there. Errors as
+    `after_step` and `rescale`; ValueError for a step without guidance."""
+    parts, after = take_apart(parts), after_step(parts, num_inference_steps)
+    shares = alpha_bar_at(*begin(parts.scheduler, num_inference_steps))
+    def hook(step):
+        if kept.text is None:
+            raise ValueError('kept has seen no guidance. Give it to the loop as combine, '
+                             'and a scale other than 0 or 1.')
+        x0 = rescale(step.x0, predict_x0(step.x_t, kept.text, shares[step.i]), phi)
+        step.latents, kept.text = after(step.i, x0, predict_noise(step.x_t, x0, shares[step.i])), None
+    return hook
