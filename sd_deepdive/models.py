@@ -8,14 +8,17 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_to_image.html.md"""
 __all__ = ['load_pipeline', 'draw_in_batches', 'text_to_image']
 
 # %% ../nbs/01_text_to_image.ipynb #261fe24c
-import reprlib
+import json, reprlib
 import diffusers, transformers
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shutil import copytree
+from tempfile import TemporaryDirectory
 from PIL import Image
 from .checks import enough_memory, pair_wishes, real_number, side, whole_number
-from .places import EMBEDDED, find_device, find_dtype, find_model
+from .hub import find_folder
+from .places import EMBEDDED, PARTS, SD1, find_device, find_dtype, find_model
 from .schedule import set_timesteps
 from .seeds import generators
 
@@ -39,27 +42,45 @@ with _quiet(): from diffusers import StableDiffusionPipeline
 # %% ../nbs/01_text_to_image.ipynb #b8a3a0af
 import torch
 
+# %% ../nbs/01_text_to_image.ipynb #7f20c5ab
+def _variant(folder: Path, dtype: torch.dtype) -> str | None:
+    "'fp16' if a part has its weights in half precision too and that is wanted, or if it has no others."
+    for part in folder.iterdir():
+        names = [file.name for file in part.glob('*.safetensors')]
+        small = [name for name in names if '.fp16' in name]
+        if small and (dtype.itemsize==2 or small==names): return 'fp16'
+
+def _from_file(file: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
+    "A pipeline from one file in the layout of Stable Diffusion's first authors. Tokenizer and scheduler are the embedded model's."
+    with TemporaryDirectory() as folder:
+        configs = Path(folder)/'configs'
+        copytree(find_model(EMBEDDED), configs, ignore=lambda place, names: [name for name in names if name.endswith('.safetensors')])
+        for part, config in SD1.items(): (configs/part/'config.json').write_text(json.dumps(config))
+        return StableDiffusionPipeline.from_single_file(str(file), config=str(configs), dtype=dtype, local_files_only=True,
+                                                        safety_checker=None, requires_safety_checker=False)
+
 # %% ../nbs/01_text_to_image.ipynb #dfe72e89
 def load_pipeline(
-    name: str | Path = EMBEDDED,               # "embedded", a folder, or a hub id
+    name: str | Path = EMBEDDED,               # "embedded", a folder, a .safetensors file, or a hub id
     device: torch.device | str | None = None,  # default: the best there is
     dtype: torch.dtype | None = None,          # default: what suits the device
     safety_checker: bool = True,               # keep the one that a checkpoint may bring
 ) -> StableDiffusionPipeline:
-    "A pipeline by name. ValueError for a wrong name or a broken folder, ConnectionError if the hub gives nothing."
-    where, device = find_model(name), find_device(device)
+    """A pipeline by name; weights saved in half precision are taken where it computes in half precision. ValueError for a wrong
+    name or a broken folder or file, PermissionError for a model behind a licence or token, ConnectionError if the hub gives nothing."""
+    device = find_device(device)
     dtype = find_dtype(dtype, device)
-    options = {} if safety_checker else dict(safety_checker=None, requires_safety_checker=False)
+    where = find_folder(name, None if safety_checker else PARTS, half=dtype.itemsize==2)
+    options = {} if safety_checker else dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     try:
         with _quiet():
-            pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype, **options)
+            if where.is_file(): pipe = _from_file(where, dtype)
+            else: pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True,
+                                                                 variant=_variant(where, dtype), **options)
     except Exception as e:
-        if isinstance(where, Path):
-            why = f'{str(e).strip()} '.splitlines()[0]
-            raise ValueError(f'{where} could not be loaded ({why.strip()}). Copy the folder again.') from None
-        if not isinstance(e, OSError): raise
-        raise ConnectionError(f'name={str(name)!r} could not be fetched from the hub, and there is no such folder '
-                              f'here. Check the name and the network; name="{EMBEDDED}" needs none.') from None
+        if isinstance(e, MemoryError): raise
+        why = f'{str(e).strip()} '.splitlines()[0]
+        raise ValueError(f'{where} could not be loaded ({why.strip()}). Copy the {"file" if where.is_file() else "folder"} again.') from None
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     return pipe.to(device)
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from conftest import CFG
 
+from sd_deepdive.hub import choose_files
 from sd_deepdive.places import embedded_folder
 from sd_deepdive.scratch import parts as by_hand
 from sd_deepdive.scratch.samplers import SAMPLERS
@@ -75,11 +76,10 @@ def test_memory_format_and_precision(other):
 
 
 def test_folder_as_fetched(other, tmp_path):
-    "What `fetch` asks for is enough, though model_index.json names a safety checker that is not there."
-    from huggingface_hub.utils import filter_repo_objects
+    "What is fetched from the hub is enough, though model_index.json names a safety checker that is not there."
     names = [f.relative_to(other).as_posix() for f in other.rglob('*') if f.is_file()]
     more = ['safety_checker/model.safetensors', 'unet/diffusion_pytorch_model.fp16.safetensors', 'text_encoder/pytorch_model.bin']
-    for name in filter_repo_objects(names + more, allow_patterns=by_hand.FILES, ignore_patterns=by_hand.NOT_NEEDED):
+    for name in choose_files(names + more):
         (tmp_path/name).parent.mkdir(exist_ok=True)
         shutil.copy(other/name, tmp_path/name)
     listing = json.loads((other/'model_index.json').read_text())
@@ -129,9 +129,10 @@ def test_hub_out_of_reach(tmp_path):
     "No network, a dead proxy, a proxy that never answers: one line, soon."
     code = '''
 import sys, time
-from sd_deepdive.scratch import parts
-parts.PATIENCE, began = 1, time.perf_counter()
-try: parts.load_parts('nobody/has-this-model')
+from sd_deepdive import hub
+from sd_deepdive.scratch.parts import load_parts
+hub.PATIENCE, began = 1, time.perf_counter()
+try: load_parts('nobody/has-this-model')
 except ConnectionError as e: print(time.perf_counter() - began, e)
 '''
     with socket.create_server(('127.0.0.1', 0)) as silent:      # it takes calls, and says nothing
@@ -140,7 +141,8 @@ except ConnectionError as e: print(time.perf_counter() - began, e)
         for way, env in ways.items():
             seconds, text = python(code, HF_HOME=str(tmp_path), **dict(HF_HUB_OFFLINE='0') | env).split(' ', 1)
             assert float(seconds) < 20 and len(text.splitlines()) == 1, (way, seconds, text)
-            assert re.match(r"name='nobody/has-this-model' could not be fetched .*Check the name and the network", text)
+            words = 'HF_HUB_OFFLINE is set' if way == 'offline' else 'Check the name and the network'
+            assert re.match(f"name='nobody/has-this-model' could not be fetched .*{words}", text)
 
 
 def test_published_configs():
