@@ -109,7 +109,7 @@ def text_to_image(
     guidance_scale: float = 3.,          # how strictly the prompt is followed: the next lesson
     negative_prompt: str | Sequence[str] | None = None,  # what should not be seen: the next lesson too
     height: int | None = None,           # pixels; default: what the model was trained for
-    width: int | None = None,
+    width: int | None = None,            # likewise
     batch_size: int = 8,                 # pictures computed at a time
 ) -> list[Image.Image]:
     "A picture for each prompt and seed, independent of the others. ValueError or TypeError for a wrong argument."

@@ -45,7 +45,7 @@ def best_dtype(
 # %% ../nbs/00_places.ipynb #d9bc815e
 def find_dtype(
     dtype: torch.dtype | None,  # default: what suits the device
-    device: torch.device,
+    device: torch.device,       # where the model computes
 ) -> torch.dtype:
     "The precision asked for, or the best one. TypeError for what is no floating-point type."
     dtype = best_dtype(device) if dtype is None else dtype

@@ -97,7 +97,9 @@ class Answer(http.server.BaseHTTPRequestHandler):
 def folder(tmp_path_factory):
     "What the hub holds: a very small model as the folder that was saved, in full precision and in half, and a pickle that nobody wants."
     folder = tmp_path_factory.mktemp('held')
-    untrained().to(torch.float16).save_pretrained(folder, variant='fp16')
+    small = untrained().to(torch.float16)
+    small.unet.conv_in.bias.data.fill_(1.)      # to tell one from the other
+    small.save_pretrained(folder, variant='fp16')
     untrained().save_pretrained(folder)
     (folder/'unet'/'diffusion_pytorch_model.bin').write_bytes(b'a pickle')
     return folder
@@ -136,7 +138,7 @@ def refused(call, kind, words):
 
 
 @pytest.mark.parametrize('load', LOADERS.values(), ids=LOADERS)
-def test_fetched(stand_in, folder, load):
+def test_fetched(stand_in, folder, load, monkeypatch):
     "A model from the hub draws what its folder draws; half precision is fetched where it is wanted; no pickle ever; nothing twice; then offline."
     from sd_deepdive.parts import load_parts as from_folder
     expected = pixels(from_folder(folder, 'cpu'))
@@ -149,7 +151,15 @@ def test_fetched(stand_in, folder, load):
     half = load(dtype=torch.float16)
     assert {name for name, _ in stand_in.got} == {n for n in stand_in.files if 'fp16' in n} and half.unet.dtype == torch.float16
     stand_in.shutdown(), stand_in.server_close()
-    assert (pixels(load()) - expected).abs().max() < 1e-5 and load(dtype=torch.float16).unet.dtype == torch.float16
+    assert (pixels(load()) - expected).abs().max() < 1e-5
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert find() == hub.find_folder(NAME, places.PARTS, half=True)
+
+
+def test_half_precision_weights(folder):
+    "Weights saved in half precision are taken where it computes in half precision, and only there."
+    full, half = (load_pipeline(folder, 'cpu', dtype).unet.conv_in.bias for dtype in (torch.float32, torch.float16))
+    assert (half == 1).all() and not (full == 1).any()
 
 
 FAULTS = {       # what the hub does: (kind of error, words)
