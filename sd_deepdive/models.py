@@ -86,11 +86,11 @@ def load_pipeline(
 
 # %% ../nbs/01_text_to_image.ipynb #4edf32da
 def draw_in_batches(
-    pipe,                   # any pipeline of diffusers that draws
-    batch_size: int,        # pictures computed at a time
-    seeds: Sequence[int],   # one for each picture
-    each: dict[str, list],  # arguments of the pipeline, with a value for each picture
-    **same,                 # arguments that are the same for all
+    pipe: diffusers.DiffusionPipeline,    # any that draws
+    batch_size: int,                      # pictures computed at a time
+    seeds: Sequence[int],                 # one for each picture
+    each: dict[str, list],                # arguments of the pipeline, with a value for each picture
+    **same: object,                       # arguments that are the same for all
 ) -> list[Image.Image]:
     "What a pipeline draws, a batch at a time. MemoryError says which setting to lower."
     pictures = []

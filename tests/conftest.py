@@ -16,6 +16,12 @@ NBS = sorted(nbglob(CFG.nbs_path, as_path=True))
 
 NO_CHROMIUM = ('Chromium was not found, so the browser tests did not run: install it (Debian: apt install chromium chromium-driver) '
                'or name yours in the variable CHROME')
+NO_REGISTRY = 'No package registry was reached, so the oldest and the newest diffusers and transformers were not tried'
+
+
+def not_here(why):
+    "What a test needs is missing: a failure in CI, one line elsewhere."
+    (pytest.fail if os.environ.get('CI') else pytest.skip)(why)
 
 
 def untrained(width=16, unet=(8, 16), vae=(8, 8), side=8, **more):
@@ -66,6 +72,22 @@ def apart(test):
     return run
 
 
+def run(*args, **kw):
+    "What a command prints; if it fails, the end of what it says is shown."
+    res = subprocess.run(args, capture_output=True, text=True, timeout=600, **kw)
+    assert res.returncode == 0, (res.stdout + res.stderr)[-3000:]
+    return res.stdout.strip()
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "What the wheel holds, unpacked, with the wheel itself beside it: built from the sdist, as pip would."
+    out = tmp_path_factory.mktemp('dist')
+    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, ROOT)
+    run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', out/'installed', *out.glob('*.whl'))
+    return out/'installed'
+
+
 def find_chromium():
     "Where Chromium is: in the variable CHROME or on the path."
     return next(filter(None, map(shutil.which, [os.environ.get('CHROME', ''), 'chromium', 'chromium-browser', 'google-chrome'])), None)
@@ -81,8 +103,10 @@ def chromium():
 
 
 def pytest_terminal_summary(terminalreporter):
-    "One line where the browser tests did not run."
-    if any(NO_CHROMIUM in str(r.longrepr) for r in terminalreporter.stats.get('skipped', [])): terminalreporter.write_line(NO_CHROMIUM)
+    "One line for what did not run."
+    skipped = ' '.join(str(r.longrepr) for r in terminalreporter.stats.get('skipped', []))
+    for why in (NO_CHROMIUM, NO_REGISTRY):
+        if why in skipped: terminalreporter.write_line(why)
 
 
 class Browser:
@@ -137,7 +161,7 @@ def site(tmp_path_factory):
 def browser(site, tmp_path_factory):
     "A browser on the site. Without Chromium: a failure in CI, one line elsewhere."
     binary = chromium()
-    if not binary: (pytest.fail if os.environ.get('CI') else pytest.skip)(NO_CHROMIUM)
+    if not binary: not_here(NO_CHROMIUM)
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=site))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     b = Browser(binary, tmp_path_factory.mktemp('profile'), f'http://127.0.0.1:{server.server_port}/')

@@ -1,22 +1,16 @@
-"""The package and its files: small, in step with the notebooks, quick to import, whole in its wheel."""
-import filecmp, os, re, shutil, subprocess, sys
+"""The package and its files: small, in step with the notebooks, quick to import, documented, whole in its wheel."""
+import ast, filecmp, io, os, re, shutil, sys, tokenize
 from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from conftest import CFG, NBS, ROOT
+from conftest import CFG, NBS, ROOT, run
 from fastcore.nbio import read_nb
 from packaging.requirements import Requirement
 
 MB = 2**20
 LIB = CFG.lib_path
-
-
-def run(*args, **kw):
-    "What a command prints; if it fails, the end of what it says is shown."
-    res = subprocess.run(args, capture_output=True, text=True, timeout=600, **kw)
-    assert res.returncode == 0, (res.stdout + res.stderr)[-3000:]
-    return res.stdout.strip()
+MODULES = [f for f in sorted(LIB.rglob('*.py')) if f.name not in ('__init__.py', '_modidx.py')]
 
 
 def python(code, **kw):
@@ -105,6 +99,37 @@ def test_one_address():
             assert user == CFG.user, f
 
 
+def lacking(text):
+    "What a module's public functions lack, those that are put into a class included: docstring, hints, a comment beside each argument."
+    commented = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
+    for fn in ast.parse(text).body:
+        if not isinstance(fn, ast.FunctionDef) or fn.name.startswith('_'): continue
+        a = fn.args
+        args = [*a.posonlyargs, *a.args, *a.kwonlyargs, *filter(None, [a.vararg, a.kwarg])]
+        args = args[any('patch' in ast.unparse(d) for d in fn.decorator_list):]     # not self
+        lines = [arg.end_lineno for arg in args]
+        if not ast.get_docstring(fn): yield f'{fn.name}: docstring'
+        if not fn.returns: yield f'{fn.name}: hint of what it returns'
+        for arg, line in zip(args, lines):
+            if not arg.arg.strip('_'): continue
+            if not arg.annotation: yield f'{fn.name}, {arg.arg}: hint'
+            if line not in commented or lines.count(line) > 1: yield f'{fn.name}, {arg.arg}: comment'
+
+
+def test_lacking():
+    "The search itself."
+    good = 'def f(\n    a: int,   # one\n    *_,\n) -> int:\n    "Doc"\ndef _g(x): pass\n@patch\ndef h(self: A) -> None: "Doc"\n'
+    assert [*lacking(good)] == []
+    assert [*lacking('def f(a: int, b): pass # x\n')] == ['f: docstring', 'f: hint of what it returns', 'f, a: comment', 'f, b: hint', 'f, b: comment']
+    assert [*lacking(good.replace('# one', '').replace('"Doc"', '1', 1))] == ['f: docstring', 'f, a: comment']
+
+
+@pytest.mark.parametrize('module', MODULES, ids=lambda f: f.relative_to(LIB).as_posix())
+def test_documented(module):
+    "Public functions say what they do, and of each argument what it is."
+    assert [*lacking(module.read_text())] == []
+
+
 def test_lint():
     "Ruff finds nothing in the code or the notebooks."
     run(Path(sys.executable).with_name('ruff'), 'check', '--no-cache', ROOT)
@@ -119,15 +144,6 @@ def test_lock_covers_requirements():
     wanted = [Requirement(r.lower().replace('_', '-')) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') for r in v.split()]
     assert wanted and [r for r in wanted if r.name not in pins or pins[r.name] not in r.specifier] == []
     assert [f'{n}=={v}' for n, v in pins.items() if '+' in v or n.startswith(('nvidia', 'cuda', 'triton'))] == []
-
-
-@pytest.fixture(scope='session')
-def wheel(tmp_path_factory):
-    "What the wheel holds, unpacked: built from the sdist, as pip would."
-    out = tmp_path_factory.mktemp('dist')
-    run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, ROOT)
-    run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', out/'installed', *out.glob('*.whl'))
-    return out/'installed'
 
 
 @pytest.mark.xdist_group('wheel')
