@@ -1,0 +1,77 @@
+"""One seed, one picture: to the bit where nothing else changes, one of 255 levels apart at most where the batch or the threads do."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sd_deepdive.models import load_pipeline, text_to_image
+from sd_deepdive.sampling import make_noise, make_samples
+from sd_deepdive.scratch.parts import load_parts
+from sd_deepdive.seeds import generators
+
+PROMPTS = ['red apple', 'rocket, flat style', 'a pizza', 'umbrella, 3d style', 'octopus', 'guitar, noto style', 'a crown', 'sun']
+SEEDS, STEPS = list(range(40, 48)), 5
+KINDS = ['library', 'by hand']
+
+
+def levels(kind, batch_size=8, n=8):
+    "What the library's pipeline, or our loop with the parts by hand, draws: (n, 128, 128, 3), levels from 0 to 255."
+    if kind == 'library':
+        images = text_to_image(load_pipeline(device='cpu'), PROMPTS[:n], SEEDS[:n], STEPS, batch_size=batch_size)
+        return np.stack([np.asarray(image) for image in images]).astype(int)
+    pixels = make_samples(load_parts(device='cpu'), PROMPTS[:n], seed=SEEDS[:n], steps=STEPS, batch_size=batch_size)
+    return ((pixels/2 + .5).clamp(0, 1)*255).round().permute(0, 2, 3, 1).numpy().astype(int)
+
+
+def apart(a, b):
+    "The largest difference of two pictures."
+    return abs(a - b).max()
+
+
+@pytest.fixture(scope='module')
+def elsewhere(tmp_path_factory):
+    "What processes of their own draw, by name: two with one thread, one with two."
+    folder, drawn = tmp_path_factory.mktemp('drawn'), {}
+    for name, threads in {'first': '1', 'again': '1', 'two threads': '2'}.items():
+        subprocess.run([sys.executable, __file__, folder/f'{name}.npz'], check=True, timeout=300, cwd=Path(__file__).parents[1],
+                       env=os.environ | dict(OMP_NUM_THREADS=threads, PYTHONPATH='.'))
+        drawn[name] = np.load(folder/f'{name}.npz')
+    return drawn
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_two_processes(elsewhere, kind):
+    "Another process draws the same pictures to the bit; another seed does not."
+    assert np.array_equal(elsewhere['first'][kind], elsewhere['again'][kind])
+    assert apart(*elsewhere['first'][kind][:2]) > 50
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_threads(elsewhere, kind):
+    "One thread and two: the sums are taken in another order."
+    assert [elsewhere[name]['threads'] for name in ('first', 'two threads')] == [1, 2]
+    assert apart(elsewhere['first'][kind], elsewhere['two threads'][kind]) <= 1
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_batches(kind):
+    "Batches of 1, 3 and 8: eight pictures, all different."
+    eight = levels(kind)
+    assert max(apart(eight, levels(kind, batch_size)) for batch_size in (1, 3)) <= 1
+    assert min(apart(a, b) for a, b in zip(eight, eight[1:])) > 50
+
+
+def test_noise():
+    "The noise they begin with is the same to the bit in batches of 1, 3 and 8, by our loop and by the library's pipeline."
+    pipe, batches = load_pipeline(device='cpu'), {n: [SEEDS[i:i + n] for i in range(0, 8, n)] for n in (1, 3, 8)}
+    ours = {n: torch.cat([make_noise(pipe, seeds) for seeds in batches[n]]) for n in batches}
+    begun = lambda seeds: pipe.prepare_latents(len(seeds), 4, 128, 128, torch.float32, torch.device('cpu'), generators(seeds))
+    theirs = {n: torch.cat([begun(seeds) for seeds in batches[n]]) for n in batches}
+    assert ours[8].std() > .9 and all(torch.equal(noise, ours[8]) for noise in [*ours.values(), *theirs.values()])
+
+
+if __name__ == '__main__': np.savez(sys.argv[1], threads=torch.get_num_threads(), **{kind: levels(kind, n=2) for kind in KINDS})
