@@ -1,5 +1,5 @@
 """What the tests share: nbdev's configuration, the notebooks, the built site and a browser."""
-import functools, http.server, json, os, shutil, subprocess, sys, threading, traceback
+import faulthandler, functools, http.server, json, os, shutil, subprocess, sys, threading, traceback
 from pathlib import Path
 
 import pytest
@@ -60,6 +60,7 @@ def apart(test):
         end, start = os.pipe()
         if not (pid := os.fork()):
             said = ''
+            faulthandler.dump_traceback_later(3600, exit=True)     # whatever holds it up, the tests go on
             try: test(*args, **kw)
             except BaseException: said = traceback.format_exc()[-9000:]
             os.write(start, said.encode())

@@ -1,32 +1,28 @@
-"""Seconds of one core that each notebook takes, written to tools/times.json, which the site shows; `make times`."""
-import json, os, resource, subprocess, sys
+"""Seconds of one core that each notebook takes, from a report of their tests, into tools/times.json, which the site shows; `make times`.
+
+Usage: python tools/time_lessons.py REPORT.xml, written by `pytest --junitxml REPORT.xml tests/test_notebooks.py`.
+"""
+import json, sys
+import xml.etree.ElementTree as ET
 from pathlib import Path
 
-from fastprogress import progress_bar
-
-ROOT = Path(__file__).parents[1]
-RECORD = ROOT/'tools/times.json'
+RECORD = Path(__file__).with_name('times.json')
 
 
-def seconds(nb):
-    "Processor time of one notebook, run by nbdev in a process of its own with one thread."
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([Path(sys.executable).with_name('nbdev-test'), nb, '--n-workers', '0'], check=True, capture_output=True,
-                   cwd=ROOT, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return round(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, 1)
+def times(report):
+    "Seconds by notebook, of those that passed."
+    cases = [c for c in ET.parse(report).iter('testcase') if c.get('name').startswith('test_notebook[') and c.find('failure') is None]
+    return {c.get('name')[14:-1]: float(p.get('value')) for c in cases for p in c.iter('property') if p.get('name') == 'seconds'}
 
 
 def main():
-    "Time the notebooks that are named, or all; the record of the others is kept."
-    names = sys.argv[1:] or sorted(p.name for p in (ROOT/'nbs').glob('[0-9]*.ipynb'))
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    for name in progress_bar(names, leave=False):
-        record[name] = seconds(ROOT/'nbs'/name)
-        part = RECORD.with_suffix('.part')
-        part.write_text(json.dumps(dict(sorted(record.items())), indent=1) + '\n')
-        part.replace(RECORD)
-        print(f'{name}: {record[name]} s')
+    "Add what the report holds to the record."
+    if not (new := times(sys.argv[1])): sys.exit(f'{sys.argv[1]} holds no notebook that passed: give a report of tests/test_notebooks.py.')
+    record = json.loads(RECORD.read_text()) | new
+    part = RECORD.with_suffix('.part')
+    part.write_text(json.dumps(dict(sorted(record.items())), indent=1) + '\n')
+    part.replace(RECORD)
+    print(*(f'{name}: {s} s' for name, s in new.items()), sep='\n')
 
 
 if __name__ == '__main__': main()
