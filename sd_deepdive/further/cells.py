@@ -102,7 +102,9 @@ def scatter(
     reach: float,               # pixels that a cell needs around its centre
     rng: np.random.Generator,   # of the places
 ) -> np.ndarray:
-    "Centres (count, 2) at random, apart from each other and from the edge; nearer where there is no room."
+    """Centres (count, 2) at random, apart from each other and from the edge; nearer where there is no room.
+    TypeError or ValueError for no number of cells."""
+    whole_number('count', count, 1)
     while True:
         for _ in range(200):
             at = rng.uniform(reach, SIDE - reach, (count, 2))
@@ -118,7 +120,10 @@ def draw_cells(
     photons: float = 600.,   # that a pixel of white counts
 ) -> tuple[Image.Image, np.ndarray]:
     """A picture of these cells, and which pixel belongs to which: a mask (SIDE, SIDE), 0 for none.
-    Absorption by Beer and Lambert; stains of Ruifrok and Johnston 2001. ValueError for what cannot be drawn."""
+    Absorption by Beer and Lambert; stains of Ruifrok and Johnston 2001. TypeError or ValueError for what cannot be
+    drawn."""
+    for name, value, kind in (('cells', cells, Cells), ('patient', patient, Patient)):
+        if not isinstance(value, kind): raise TypeError(f'{name} is a {type(value).__name__}. Give {kind.__name__}.')
     whole_number('count', cells.count, 1, 4); cells_of(cells.caption); whole_number('seed', seed, 0)
     if real_number('photons', photons)<=0: raise ValueError(f'photons={photons}. Give a number above 0.')
     rng, radius = np.random.default_rng([26, seed]), RADIUS*patient.size
@@ -178,8 +183,8 @@ def look(
     least: float = .3,       # area of what counts as a cell, in areas of a round one
 ) -> Cells | None:
     "What can be seen in a picture, by counting connected patches; None for an empty one. ValueError for another size."
-    if image.size!=(SIDE, SIDE): raise ValueError(f'image is {image.size}. Give one of {SIDE} x {SIDE}, as here.')
     density = optical_density(image)
+    if image.size!=(SIDE, SIDE): raise ValueError(f'image is {image.size}. Give one of {SIDE} x {SIDE}, as here.')
     patches, n = label(density.max(-1) > level)
     places = [np.argwhere(patches==k + 1) for k in range(n)]
     places = [yx for yx in places if len(yx) > least*np.pi*RADIUS**2]

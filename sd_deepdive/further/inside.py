@@ -154,13 +154,14 @@ def lay_over(
     opacity: float = .6,    # of the map: 0 none, 1 the map alone
 ) -> Image.Image:
     "A map over a picture in grey, each place of the map a rectangle. ValueError for what is no map."
+    picture = on_colour(picture)
     if not 0 <= real_number('opacity', opacity) <= 1:
         raise ValueError(f'opacity={opacity} is out of range. Give a number from 0 to 1.')
     if heat.ndim!=2: raise ValueError(f'heat has shape {tuple(heat.shape)}. Give one map, (h, w).')
     heat = heat.float().cpu() - heat.min().item()
     colours = colormaps['inferno']((heat/heat.max().clamp(min=1e-12)).numpy(), bytes=True)[..., :3]
     field = Image.fromarray(colours.copy()).resize(picture.size, Image.Resampling.NEAREST)
-    return Image.blend(on_colour(picture).convert('L').convert('RGB'), field, opacity)
+    return Image.blend(picture.convert('L').convert('RGB'), field, opacity)
 
 # %% ../../nbs/23_look_inside.ipynb #81c1d03d
 def place_map(
@@ -205,6 +206,8 @@ def slerp(
 ) -> Tensor:
     """From one noise to the other along the sphere, each picture by itself: the same shape. Parallel ones are
     mixed straight. ValueError for two shapes, or no share. Shoemake 1985, Animating rotation with quaternion curves."""
+    for name, v in dict(a=a, b=b).items():
+        if not isinstance(v, Tensor): raise TypeError(f'{name} is a {type(v).__name__}. Give a tensor.')
     if a.shape!=b.shape:
         raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}. Give two of one shape.')
     if not 0 <= (s := real_number('share', share)) <= 1:

@@ -50,6 +50,8 @@ def read_captions(
     """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column or
     all lines."""
     name = Path(captions).name
+    if not Path(captions).is_file():
+        raise FileNotFoundError(f'{captions} is not there. Give a table with the captions.')
     try:
         with Path(captions).open(newline='', encoding='utf-8-sig') as f: rows = [*csv.DictReader(f)]
     except (UnicodeDecodeError, csv.Error) as e:
@@ -118,7 +120,8 @@ def encode(
     examples: Sequence[Example],   # whose files can be read
     batch: int = 16,               # pictures encoded at a time
 ) -> Tensor:
-    "Scaled latents (N, 4, h, w) of the pictures, each brought to the model's size, on the CPU."
+    "Scaled latents (N, 4, h, w) of the pictures, each brought to the model's size, on the CPU. ValueError for none."
+    if not examples: raise ValueError('examples is empty: give at least one.')
     latents = []
     for k in tqdm(range(0, len(examples), batch), desc='encoding', delay=20, leave=False):
         images = [fit_picture(Image.open(e.file), parts.side, parts.side) for e in examples[k:k + batch]]
@@ -182,6 +185,7 @@ def fine_tune(
     seed: int = 0,                    # of all that is random
 ) -> list[float]:
     "Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`."
+    whole_number('steps', steps, 1)
     torch.manual_seed(seed)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
     if whole_number('rank', rank, 0): add_lora(parts.unet, rank)
@@ -201,7 +205,9 @@ def held_out_loss(
     captions: Sequence[str],                        # (N,)
     times: Sequence[int] = range(100, 1000, 200),   # at which the loss is measured
 ) -> float:
-    "The loss of lesson 21, the mean over some times, with the same noise at each call."
+    "The loss of lesson 21, the mean over some times, with the same noise at each call. ValueError for no captions."
+    if not len(latents) or len(captions)!=len(latents):
+        raise ValueError(f'latents has {len(latents)} pictures, captions {len(captions)}. Give one caption for each.')
     text = text_enc(parts, captions)
     return sum(losses_at(parts.unet, latents, text, parts.scheduler.alphas_cumprod, times))/len(times)
 
