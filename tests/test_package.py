@@ -4,9 +4,10 @@ from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
-from conftest import CFG, NBS, ROOT, run
-from fastcore.nbio import read_nb
+from conftest import CFG, NBS, ROOT, apart, run
+from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 from packaging.requirements import Requirement
+from test_notebooks import run_notebook
 
 MB = 2**20
 LIB = CFG.lib_path
@@ -14,8 +15,8 @@ MODULES = [f for f in sorted(LIB.rglob('*.py')) if f.name not in ('__init__.py',
 
 
 def python(code, **kw):
-    "What a fresh interpreter prints when it runs `code`."
-    return run(sys.executable, '-c', code, **kw)
+    "What a fresh interpreter prints when it runs `code`; a warning is an error."
+    return run(sys.executable, '-W', 'error', '-c', code, **kw)
 
 
 def tracked():
@@ -54,6 +55,15 @@ def test_saved_notebook(nb):
         assert not re.search(r'Warning\b|(?<![\w.:/<])/\w+/\w|[A-Z]:\\|site-packages', shown), shown
         assert not {'image/png', 'image/jpeg'} <= set(data), 'run `make save`, which drops the copy'
         assert not any('widget' in k for k in data), 'show a picture beside the widget and leave its state out'
+
+
+@apart
+def test_warning_in_a_notebook(tmp_path, capfd):
+    "A warning in a cell ends a notebook's test, as an error does."
+    for source, ends_well in (('1 + 1', True), ('import warnings; warnings.warn("look out")', False)):
+        write_nb(new_nb([mk_cell(source, 'code')]), tmp_path/'a.ipynb')
+        assert run_notebook(tmp_path/'a.ipynb', basepath=CFG.config_path)[0] is ends_well
+    assert 'UserWarning: look out' in capfd.readouterr().err
 
 
 @pytest.mark.parametrize('nb', NBS, ids=lambda p: p.name)

@@ -17,8 +17,8 @@ from sd_deepdive.scratch.samplers import SAMPLERS
 
 LIBRARIES = ['diffusers', 'transformers']
 LEVELS = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1)
-CHECKS = ['tests/test_versions.py', 'tests/test_by_hand.py', 'tests/test_model.py', '-k',
-          'test_steps or test_no_library or test_another_model or test_sampler_of_each or test_plain_diffusers or test_folder_and_safety']
+CHECKS = ['-o', 'filterwarnings=default', 'tests/test_versions.py', 'tests/test_by_hand.py', 'tests/test_model.py',     # their warnings are not ours
+          '-k', 'test_steps or test_another_model or test_sampler_of_each or test_plain_diffusers or test_folder_and_safety']
 
 
 def follow(scheduler, **options):
