@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..checks import real_number, side, texts, whole_number
+from ..checks import file_path, real_number, side, texts, whole_number
 from ..latents import make_img
 from ..parts import Parts, take_apart
 from ..places import EMBEDDED
@@ -98,7 +98,7 @@ def read_wishes(
     seed: int = 0,     # of the first, where the file names none
 ) -> list[Wish]:
     "The wishes of a file. ValueError names the file, the line and what is wrong with it."
-    file, first = Path(file), whole_number('seed', seed, 0, 2**63)
+    file, first = file_path('file', file), whole_number('seed', seed, 0, 2**63)
     if file.suffix not in READERS:
         raise ValueError(f'{file} ends in none of {", ".join(READERS)}. Rename it.')
     try: rows = [*READERS[file.suffix](file.read_text(encoding='utf-8-sig'))]

@@ -116,7 +116,7 @@ def split(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #528a8d43
 def encode(
-    parts: Parts,                  # of a model; a pipeline will do too
+    parts: Parts,                  # of a model, from `load_parts`
     examples: Sequence[Example],   # whose files can be read
     batch: int = 16,               # pictures encoded at a time
 ) -> Tensor:

@@ -16,7 +16,7 @@ import time
 import torch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from ..checks import real_number, whole_number
+from ..checks import real_number, tensor, whole_number
 from torch import Tensor
 from torch.nn import functional as F
 from torch.autograd.profiler import profile
@@ -222,6 +222,7 @@ def fit_preview(
     """The linear decoder (3, C size^2 + 1) that comes nearest to the pictures in the size of the latents.
     ValueError for pictures that do not belong to these latents."""
     if whole_number('size', size, 1, 3)==2: raise ValueError('size=2 has no middle. Give 1 or 3.')
+    tensor('latents', latents, 'B C h w'); tensor('pixels', pixels, 'B 3 H W')
     (n, _, h, w), (m, _, height, width) = latents.shape, pixels.shape
     if n!=m or height*w!=width*h:
         raise ValueError(f'latents {tuple(latents.shape)} do not fit pixels {tuple(pixels.shape)}. '
@@ -236,6 +237,7 @@ def preview(
     weights: Tensor,   # from `fit_preview`
 ) -> Tensor:
     "Pixels (B, 3, h, w), about -1 to 1, for `make_img`. ValueError for weights of other latents."
+    tensor('latents', latents, 'B C h w'); tensor('weights', weights, '3 numbers')
     channels = latents.shape[1]
     size = {channels + 1: 1, 9*channels + 1: 3}.get(weights.shape[1])
     if size is None:
