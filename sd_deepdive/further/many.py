@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..checks import file_path, real_number, side, texts, whole_number
+from ..checks import file_path, real_number, side, texts, whole_file, whole_number
 from ..latents import make_img
 from ..parts import Parts, take_apart
 from ..places import EMBEDDED
@@ -125,14 +125,10 @@ def write_picture(
     image: Image.Image,   # of any mode that PNG has
     about: dict,          # what the picture is: names and values
 ) -> None:
-    "Write a PNG with text fields, as a whole or not at all."
-    info, part = PngInfo(), file.with_suffix('.part')
+    "Write a PNG with text fields, as a whole or not at all. OSError if it cannot be written."
+    info = PngInfo()
     for name, value in about.items(): info.add_itxt(name, str(value))
-    file.parent.mkdir(exist_ok=True)
-    try:
-        image.save(part, 'png', pnginfo=info)
-        part.replace(file)
-    finally: part.unlink(missing_ok=True)     # Ctrl-C, or a full disk
+    with whole_file(file) as part: image.save(part, 'png', pnginfo=info)
 
 # %% ../../nbs/00_many_pictures.ipynb #a085ac74
 def is_drawn(
