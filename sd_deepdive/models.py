@@ -82,7 +82,7 @@ def load_pipeline(
         why = f'{str(e).strip()} '.splitlines()[0]
         raise ValueError(f'{where} could not be loaded ({why.strip()}). Copy the {"file" if where.is_file() else "folder"} again.') from None
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
-    return pipe.to(device)
+    with _quiet(): return pipe.to(device)
 
 # %% ../nbs/01_text_to_image.ipynb #4edf32da
 def draw_in_batches(
