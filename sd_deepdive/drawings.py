@@ -10,13 +10,15 @@ __all__ = ['Drawing', 'read_drawings', 'write_drawings', 'drawings']
 # %% ../nbs/00_drawings.ipynb #7c4372e4
 import io
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from zipfile import ZipFile, ZipInfo
+from zipfile import BadZipFile, ZipFile, ZipInfo
 from PIL import Image
+from .checks import file_path, whole_file
 
 # %% ../nbs/00_drawings.ipynb #fb336547
 @dataclass(frozen=True)
@@ -32,24 +34,29 @@ class Drawing:
 
 # %% ../nbs/00_drawings.ipynb #3c153121
 def read_drawings(
-    path: Path,   # of a zip that `write_drawings` made
+    path: str | Path,   # of a zip that `write_drawings` made
 ) -> list[Drawing]:
-    "The drawings of a packed set. FileNotFoundError if it has not been built."
+    "The drawings of a packed set. FileNotFoundError if it has not been built, ValueError if it is something else."
+    path = file_path('path', path)
     if not path.is_file(): raise FileNotFoundError(f'{path} is not there: `make data` builds the whole set.')
-    with ZipFile(path) as z:
-        entries = [json.loads(line) for line in z.read('metadata.jsonl').decode().splitlines()]
-        return [Drawing(e['thing'], e['style'], tuple(e['keywords']), e['held_out'],
-                        Image.open(z.open(e['file_name'])).convert('RGBA')) for e in entries]
+    try:
+        with ZipFile(path) as z:
+            entries = [json.loads(line) for line in z.read('metadata.jsonl').decode().splitlines()]
+            return [Drawing(e['thing'], e['style'], tuple(e['keywords']), e['held_out'],
+                            Image.open(z.open(e['file_name'])).convert('RGBA')) for e in entries]
+    except (BadZipFile, OSError, SyntaxError, LookupError, TypeError, ValueError, zlib.error) as e:
+        raise ValueError(f'{path} is no set of drawings, or damaged ({e}). Make it again with write_drawings.') from None
 
 # %% ../nbs/00_drawings.ipynb #5a1c0e10
 def write_drawings(
     drawings: Sequence[Drawing],   # in the order in which they are read again
-    path: Path,                    # of the zip
+    path: str | Path,              # of the zip
 ) -> None:
     "Pack drawings, lossless, and what is known of them, into a zip: as a whole or not at all."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, entries = path.with_suffix('.part'), []
-    with ZipFile(part, 'w') as z:
+    if wrong := [d for d in drawings if not isinstance(d, Drawing)]:
+        raise TypeError(f'drawings holds a {type(wrong[0]).__name__}. Give drawings, as read_drawings returns them.')
+    entries = []
+    with whole_file(path) as part, ZipFile(part, 'w') as z:
         for i, d in enumerate(drawings):
             out = io.BytesIO()
             d.image.save(out, 'webp', lossless=True)
@@ -57,7 +64,6 @@ def write_drawings(
             z.writestr(ZipInfo(name), out.getvalue())
             entries.append(dict(style=d.style, thing=d.thing, keywords=d.keywords, file_name=name, held_out=d.held_out))
         z.writestr(ZipInfo('metadata.jsonl'), '\n'.join(map(json.dumps, entries)))
-    part.replace(path)
 
 # %% ../nbs/00_drawings.ipynb #5a1c0e11
 @cache

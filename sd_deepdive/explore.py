@@ -17,6 +17,7 @@ import warnings
 import ipywidgets as widgets
 import torch
 from PIL import Image
+from .checks import texts, whole_number
 from .drawings import drawings
 from .further.inside import among_words, lay_over, token_maps, token_names, unet_by_hand, watch_attention
 from .images import fit_picture, image_grid
@@ -33,7 +34,9 @@ def explorer(
     side: int = 256,                   # the least height of the picture on the screen, in pixels
     **controls: widgets.Widget,        # by name
 ) -> widgets.VBox:
-    "Controls with a picture below them, drawn again when one of them changes."
+    "Controls with a picture below them, drawn again when one of them changes. TypeError or ValueError for no controls."
+    whole_number('side', side, 1)
+    if not callable(draw): raise TypeError(f'draw={draw!r} cannot be called. Give a function of the controls.')
     shown, message = widgets.Image(format='png'), widgets.HTML()
     def update(change=None):
         with warnings.catch_warnings(record=True) as remarks:
@@ -53,7 +56,8 @@ def _knob(kind: type, value, low, high, step, label: str) -> widgets.Widget:
     return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=False)
 
 def _prompt(value: str, label: str = 'prompt') -> widgets.Text:
-    "A line of text that reports on Enter."
+    "A line of text that reports on Enter. TypeError for what is no text, ValueError for several."
+    value, = texts('prompt', [value])
     return widgets.Text(value, description=label, continuous_update=False)
 
 def _seed() -> widgets.Widget: return _knob(widgets.IntSlider, 1, 0, 50, 1, 'seed')
@@ -85,7 +89,7 @@ def explore_strength(
     steps: int = 20,   # of a whole run
 ) -> widgets.VBox:
     "A drawing to start from (shown on the left), a prompt, the strength, a seed. DDIM steps."
-    parts = with_scheduler(parts, 'DDIM')
+    parts = with_scheduler(parts, 'DDIM'); whole_number('steps', steps, 1, 1000)
     starts = {d.caption: fit_picture(d.image, parts.side, parts.side) for d in drawings(style='noto')}
     def draw(start, prompt, strength, seed):
         kept = round((1 - strength)*steps)
@@ -102,7 +106,7 @@ def explore_film(
     steps: int = 20,                     # of a whole run
 ) -> widgets.VBox:
     "A prompt, a seed, and a step to look at: the noisy latents on the left, the picture they are taken for on the right."
-    parts = take_apart(parts)
+    parts = take_apart(parts); whole_number('steps', steps, 1, 1000)
     @lru_cache(8)
     def latents(prompt, seed):
         run = denoise(parts, start_latents(parts, make_noise(parts, seed), steps), text_enc(parts, prompt),
@@ -159,7 +163,7 @@ def explore_attention(
 ) -> widgets.VBox:
     """A prompt, one of its tokens, a step, a seed: on the left what the UNet has in mind, on the right where the
     token is looked at, in the finest layers; words are compared among themselves. DDIM steps."""
-    parts = unet_by_hand(with_scheduler(parts, 'DDIM'))
+    parts = unet_by_hand(with_scheduler(parts, 'DDIM')); whole_number('steps', steps, 1, 1000)
     labels = lambda prompt: [f'{i} {name}' for i, name in enumerate(token_names(parts, prompt))]
     watched = lru_cache(4)(lambda prompt, seed: _watched(parts, prompt, seed, steps))
     def draw(prompt, token, step, seed):

@@ -15,20 +15,30 @@ from textwrap import fill
 from IPython.display import Image as Shown
 from PIL import Image, ImageChops, ImageColor, ImageOps, ImageStat
 from matplotlib.figure import Figure
-from .checks import whole_number
+from .checks import real_number, whole_number
 
 # %% ../nbs/00_images.ipynb #09a65ae4
+def _loaded(image: Image.Image, name: str = 'image') -> Image.Image:
+    "The picture, read from its file. TypeError for no picture, ValueError if it cannot be read, or may fill the memory."
+    if not isinstance(image, Image.Image):
+        raise TypeError(f'{name}={image!r} is not a PIL picture. Open a file with PIL.Image.open.')
+    pixels, most = image.width*image.height, Image.MAX_IMAGE_PIXELS
+    if not pixels: raise ValueError(f'{name} is {image.width} x {image.height}: it has no pixels.')
+    if most and pixels>most and getattr(image, 'tile', None):    # a file that is not read yet
+        raise ValueError(f'{name} has {pixels/1e6:.0f} million pixels, more than the {most/1e6:.0f} of PIL.Image.MAX_IMAGE_PIXELS. '
+                         'A small file can hold so many, to fill the memory. Make it smaller, or raise that limit if you trust it.')
+    try: image.load()
+    except Exception as e:    # the readers of the many formats raise errors of many kinds
+        raise ValueError(f'{name} cannot be read ({e}). Get the file again.') from None
+    return image
+
 def on_colour(
     image: Image.Image,        # any mode
     colour: str = 'white',     # what shows through
 ) -> Image.Image:
     """The picture as RGB, transparent parts laid on a colour, 16 bits reduced to 8. Modes I and F have no range
     of their own: theirs is spread from black to white. TypeError for no picture, ValueError if it cannot be read."""
-    if not isinstance(image, Image.Image):
-        raise TypeError(f'image={image!r} is not a PIL picture. Open a file with PIL.Image.open.')
-    try: image.load()
-    except (OSError, SyntaxError) as e: raise ValueError(f'image cannot be read: {e}. Get the file again.') from None
-    if not image.width*image.height: raise ValueError(f'image is {image.width} x {image.height}: it has no pixels.')
+    image = _loaded(image)
     if image.mode=='RGB': return image
     if image.mode.startswith('I;16'): return image.convert('F').point(lambda v: v*(1/257) + 0).convert('RGB')
     if image.mode in 'IF':      # no fixed range: what is there is spread over 0 to 255
@@ -96,6 +106,8 @@ def show_images(
 ) -> Figure:
     "A figure of pictures with titles above them, each pixel a square of `scale` pixels. ValueError as `image_grid`."
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
+    if titles is not None and (isinstance(titles, str) or not isinstance(titles, Sequence)):
+        raise TypeError(f'titles is a {type(titles).__name__}. Give a list, a title for each picture.')
     if titles is not None and len(titles)!=len(images):
         raise ValueError(f'titles has {len(titles)} entries for {len(images)} pictures: give one for each.')
     whole_number('scale', scale, 1)
@@ -144,7 +156,7 @@ def fit_picture(
 ) -> Image.Image:
     "The picture as RGB of exactly this size: turned upright, scaled to cover it, cut at the edges, never stretched."
     whole_number('width', width, 1); whole_number('height', height, 1)
-    upright = ImageOps.exif_transpose(_checked([image])[0])
+    upright = ImageOps.exif_transpose(_loaded(image))
     return ImageOps.fit(on_colour(upright, colour), (width, height), Image.Resampling.LANCZOS)
 
 # %% ../nbs/00_images.ipynb #84d57f98
@@ -156,6 +168,8 @@ def film(
 ) -> Shown:
     "A moving picture (animated PNG) to show in a notebook. ValueError for no frames, or for frames of two sizes."
     frames = [on_colour(f) for f in _checked(frames)]; whole_number('scale', scale, 1)
+    for name, value in dict(seconds=seconds, hold=hold).items():
+        if real_number(name, value)<0: raise ValueError(f'{name}={value} is no time. Give seconds, 0 or more.')
     if len({f.size for f in frames})>1: raise ValueError('frames have several sizes: give pictures of one size.')
     if scale>1: frames = [f.resize((f.width*scale, f.height*scale), Image.Resampling.NEAREST) for f in frames]
     durations = [1000*seconds]*(len(frames)-1) + [1000*hold]

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 from PIL import Image
 from fastdownload import FastDownload, download_url
 from .checks import pair_wishes, real_number, whole_number
-from .images import fit_picture
+from .images import _loaded, fit_picture
 from .models import StableDiffusionPipeline, draw_in_batches
 from .schedule import set_timesteps
 
@@ -64,11 +64,7 @@ def _start(image: Image.Image, side: int) -> Image.Image:
     if not isinstance(image, Image.Image):
         raise TypeError(f'init_image is a {type(image).__name__}, not a PIL picture. '
                         'Open a file with PIL.Image.open, convert an array with PIL.Image.fromarray.')
-    if 0 in image.size: raise ValueError(f'init_image has no pixels: its size is {image.size}.')
-    try: image.load()
-    except Exception as e:    # the readers of the many formats raise errors of many kinds
-        raise ValueError(f'init_image cannot be read ({e}). Get the file again.') from None
-    return fit_picture(image, side, side)
+    return fit_picture(_loaded(image, 'init_image'), side, side)
 
 # %% ../nbs/03_image_to_image.ipynb #0865c099
 def image_to_image(
@@ -134,7 +130,7 @@ def fetch_picture(
     "A picture by its address, fetched once. ConnectionError: no answer; ValueError: no address, no picture."
     file = _place(url, folder)
     if not file.exists(): _download(url, file)
-    try: (image := Image.open(file)).load()
+    try: image = _loaded(Image.open(file))
     except Exception:         # the readers of the many formats raise errors of many kinds
         file.unlink()
         raise ValueError(f'{url} gave no picture that can be read. '

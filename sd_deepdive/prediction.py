@@ -9,6 +9,7 @@ __all__ = ['predict_x0', 'predict_noise', 'score']
 
 # %% ../nbs/09_unet.ipynb #e525a080
 from torch import Tensor
+from .checks import tensor
 from .schedule import weights_at
 
 # %% ../nbs/09_unet.ipynb #633d455b
@@ -50,4 +51,5 @@ def score(
 ) -> Tensor:
     """The gradient of log p(x_t), the direction in which x_t gets likelier: -noise/sqrt(1 - alpha-bar).
     ValueError for no share. Song et al. 2021, arXiv:2011.13456."""
+    tensor('noise', noise)
     return -noise/weights_at(alpha_bar, noise, none=1)[1]

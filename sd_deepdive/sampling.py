@@ -16,7 +16,7 @@ from fastcore.basics import chunked
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import enough_memory, pair_wishes, real_number, side, whole_number, whole_numbers
+from .checks import enough_memory, pair_wishes, real_number, side, tensor, whole_number, whole_numbers
 from .guidance import guide
 from .latents import decode, pil2latent
 from .parts import Parts, take_apart
@@ -55,9 +55,11 @@ def _fitting(parts: Parts, pictures: int | str = 'pictures', **tensors: Tensor):
                              f'Use {name}.to(parts.device, parts.dtype).')
         if not x.isfinite().all(): raise ValueError(f'{name} has values that are not finite. Compute in float32.')
 
-def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float):
+def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float, combine: Callable):
     "A clear error if what the UNet is to be asked does not fit together."
     real_number('guidance_scale', guidance_scale)
+    if not callable(combine):
+        raise TypeError(f'combine={combine!r} cannot be called. Give a function of two predictions and g, such as guide.')
     if (kind := parts.scheduler.config.get('prediction_type', 'epsilon'))!='epsilon':
         raise ValueError(f'prediction_type={kind!r} is not taught here: the course takes a UNet that predicts noise, '
                          '"epsilon", as Stable Diffusion 1.x does.')
@@ -114,7 +116,9 @@ def ask_unet(
     """The guided noise. Only the passes that g needs are computed: the text alone for 1, uncond alone for 0,
     else both at once. Ho and Salimans 2022, arXiv:2207.12598."""
     if words is None:
-        _check(parts, x_t, text, uncond, guidance_scale)
+        parts = take_apart(parts)
+        if not isinstance(t, int | float): tensor('t', t)
+        _check(parts, x_t, text, uncond, guidance_scale, combine)
         words = read_texts(parts, text, uncond, guidance_scale)
     ask = lambda x: parts.unet(x, t, encoder_hidden_states=words).sample
     if guidance_scale in (0, 1): return ask(x_t)
@@ -138,6 +142,7 @@ def scales_at(
 ) -> list[float]:
     "The guidance scale at each time of a run. TypeError or ValueError for one that is no number."
     scale = guidance_scale if callable(guidance_scale) else lambda t: guidance_scale
+    tensor('timesteps', timesteps)
     return [real_number('guidance_scale', scale(t)) for t in timesteps.tolist()]
 
 # %% ../nbs/10_loop.ipynb #207abb75
@@ -157,7 +162,7 @@ def denoise(
     parts = take_apart(parts)
     scheduler, timesteps = begin(parts.scheduler, num_inference_steps, start_step, parts.device)
     scales, alpha_bar = scales_at(guidance_scale, timesteps), alpha_bar_at(scheduler, timesteps)
-    _check(parts, latents, text, uncond, max(scales, key=lambda g: g!=1))
+    _check(parts, latents, text, uncond, max(scales, key=lambda g: g!=1), combine)
     words = cache(partial(read_texts, parts, text, uncond))   # read once for each kind of pass
     for i, (t, g) in enumerate(zip(timesteps, scales)):
         x_t = scheduler.scale_model_input(latents, t)

@@ -75,12 +75,18 @@ def alpha_bar_at(
     ValueError as `sigma_at`. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     return 1/(sigma_at(scheduler, t)**2 + 1)
 
+# %% ../nbs/08_noise_schedule.ipynb #f4e8e760
+def _config(scheduler):
+    "The config of a scheduler. TypeError if it is none."
+    if hasattr(scheduler, 'config') and hasattr(scheduler, 'set_timesteps'): return scheduler.config
+    raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give parts.scheduler, say.')
+
 # %% ../nbs/08_noise_schedule.ipynb #61984c57
 def trained(
     scheduler: object,   # the library's, or one written by hand
 ) -> dict:
     "The fields of a scheduler's config that belong to the model. ValueError if its noise levels are of another kind."
-    config = scheduler.config
+    config = _config(scheduler)
     if 'beta_start' not in config or config.get('rescale_betas_zero_snr'):
         raise ValueError(f'{type(scheduler).__name__} has noise levels that are not taught here. Give parts whose '
                          'scheduler has betas, as Stable Diffusion 1.x has.')
@@ -94,7 +100,7 @@ def set_timesteps(
     device: torch.device | str = 'cpu',  # where the times go
 ) -> torch.Tensor:
     "Let a scheduler choose its times. TypeError or ValueError for a number of steps that it cannot walk."
-    most = scheduler.config.num_train_timesteps
+    most = _config(scheduler).num_train_timesteps
     steps = whole_number('num_inference_steps', num_inference_steps, 1, most)
     scheduler.set_timesteps(steps, device=device)
     first = scheduler.timesteps.max().item()

@@ -23,6 +23,9 @@ def cut_off(
 ) -> str:
     "The end of a prompt, as written, that the encoder never sees; empty if it sees all. TypeError: no text."
     if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
+    texts('prompt', prompt)
+    if not hasattr(tokenizer, 'model_max_length'):
+        raise TypeError(f'tokenizer is a {type(tokenizer).__name__}. Give parts.tokenizer, say.')
     most = tokenizer.model_max_length
     max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
     places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping
@@ -42,8 +45,6 @@ def text_enc(
     max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
     prompts = texts('prompts', prompts)
     for prompt in prompts:
-        if not prompt.isprintable() and any('\ud800'<=c<='\udfff' for c in prompt):
-            raise ValueError(f'prompts={prompt!r} holds half of a character. Give text that can be written.')
         if lost := cut_off(parts.tokenizer, prompt, max_length):
             message = f'The prompt has more than {max_length} tokens; cut off is: "{lost}"'
             warnings.warn(message, stacklevel=3)   # the caller, past no_grad

@@ -13,16 +13,18 @@ import csv
 import hashlib
 import shutil
 import torch
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fastcore.script import call_parse
 from pathlib import Path
-from PIL import Image, UnidentifiedImageError
-from ..checks import real_number, whole_number
+from PIL import Image
+from safetensors import SafetensorError
+from ..checks import file_path, real_number, whole_number
 from ..images import fit_picture
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, _quiet as quiet
-from ..parts import Parts, load_parts
+from ..parts import Parts, load_parts, take_apart
 from ..sampling import make_samples
 from ..text import cut_off, text_enc
 from ..training.adapt import add_lora, merge_lora, picture_batches
@@ -49,18 +51,19 @@ def read_captions(
 ) -> list[Example]:
     """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column or
     all lines."""
-    name = Path(captions).name
+    folder, captions = file_path('folder', folder), file_path('captions', captions)
+    name = captions.name
     if not Path(captions).is_file():
         raise FileNotFoundError(f'{captions} is not there. Give a table with the captions.')
     try:
-        with Path(captions).open(newline='', encoding='utf-8-sig') as f: rows = [*csv.DictReader(f)]
+        with captions.open(newline='', encoding='utf-8-sig') as f: rows = [*csv.DictReader(f)]
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{name} cannot be read: {e}. Save it as CSV in UTF-8.') from None
     if not rows or not {'file', 'caption'} <= rows[0].keys():
         found = ', '.join(map(str, rows[0])) if rows else 'no line'
         raise ValueError(f"{name} has {found}. Give it the columns 'file' and 'caption', and lines.")
     cell = lambda row, name: (row.get(name) or '').strip()
-    return [Example(Path(folder)/cell(row, 'file'), cell(row, 'caption'),
+    return [Example(folder/cell(row, 'file'), cell(row, 'caption'),
                     cell(row, group) or cell(row, 'file')) for row in rows]
 
 # %% ../../nbs/26_your_own_pictures.ipynb #af5786ec
@@ -70,8 +73,11 @@ def _fault(parts: Parts, example: Example) -> str:
     if lost := cut_off(parts.tokenizer, example.caption): return f'has a caption too long, by "{lost[:20]}"'
     if not example.file.is_file(): return 'is not there'
     try:
-        with Image.open(example.file) as image: size = image.size; image.load()
-    except (OSError, SyntaxError, UnidentifiedImageError): return 'cannot be read as a picture'
+        with warnings.catch_warnings():
+            warnings.simplefilter('error', Image.DecompressionBombWarning)    # a small file can hold as many pixels as fill the memory
+            with Image.open(example.file) as image: size = image.size; image.load()
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError): return 'has more pixels than PIL.Image.MAX_IMAGE_PIXELS'
+    except Exception: return 'cannot be read as a picture'    # the readers of the many formats raise errors of many kinds
     return f'is small, {size[0]} x {size[1]}' if min(size) < parts.side else ''
 
 # %% ../../nbs/26_your_own_pictures.ipynb #b6c1f0a9
@@ -227,17 +233,23 @@ def save_model(
     parts: Parts,   # of a model; a pipeline will do too
     folder: Path,   # `load_parts(folder)` reads it again; a model that is there is replaced
 ) -> None:
-    "Write a model in the layout of diffusers, as a whole or not at all. ValueError for a folder of something else."
-    folder = Path(folder)
+    """Write a model in the layout of diffusers, as a whole or not at all. ValueError for a folder of something else,
+    OSError if it cannot be written."""
+    folder, parts = file_path('folder', folder), take_apart(parts)
     if folder.exists() and not (folder/'model_index.json').is_file():
         raise ValueError(f'folder={str(folder)!r} holds something else than a model. Give a new one.')
     named = {name: getattr(parts, name) for name in ('tokenizer', 'text_encoder', 'unet', 'vae', 'scheduler')}
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     part, old = folder.with_name(folder.name + '.part'), folder.with_name(folder.name + '.old')
     for left in part, old: shutil.rmtree(left, ignore_errors=True)
-    with quiet(): StableDiffusionPipeline(**named, **none).save_pretrained(part)
-    if folder.exists(): folder.replace(old)
-    part.replace(folder)
+    try:
+        with quiet(): StableDiffusionPipeline(**named, **none).save_pretrained(part)
+        if folder.exists(): folder.replace(old)
+        part.replace(folder)
+    except (OSError, RuntimeError, SafetensorError) as e:
+        raise OSError(f'{folder} cannot be written ({f"{e} ".splitlines()[0].strip()}). '
+                      'Make room there, or give another place.') from None
+    finally: shutil.rmtree(part, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from collections.abc import Callable, Sequence
-from ..checks import real_number, side as fitting_side, texts, whole_number, whole_numbers
+from ..checks import real_number, side as fitting_side, tensor, texts, whole_number, whole_numbers
 from ..guidance import guide
 from ..images import on_colour
 from ..latents import latents2pil, pil2latent
@@ -248,12 +248,12 @@ def parse_weights(
     prompt: str,   # with weights, such as "octopus, (3d:1.3) style"
 ) -> tuple[str, list[tuple[int, int, float]]]:
     """The prompt as the text encoder is to read it, and (start, end, weight) of each weighted piece of it, in letters.
-    Brackets without a weight stay as they are. TypeError if it is no text."""
+    Brackets without a weight stay as they are. TypeError if it is no text, ValueError for a weight without end."""
     if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
     plain, spans, last = '', [], 0
     for found in re.finditer(r'\(([^():]+):(-?\d+\.?\d*|-?\.\d+)\)', prompt):
         plain += prompt[last:found.start()]
-        spans.append((len(plain), len(plain + found[1]), float(found[2])))
+        spans.append((len(plain), len(plain + found[1]), real_number('weight', float(found[2]))))
         plain, last = plain + found[1], found.end()
     return plain + prompt[last:], spans
 
@@ -265,7 +265,8 @@ def token_weights(
     length: int,                               # tokens that the encoder reads, 77
 ) -> Tensor:
     "A weight for each token (length,): 1 where none was given, and for start, end and filling."
-    weights = torch.ones(length)
+    texts('plain', [plain])
+    weights = torch.ones(whole_number('length', length, 2))
     for k, (a, b) in enumerate(tokenizer(plain, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1], 1):
         for start, end, weight in spans:
             if a < end and b > start and k < length: weights[k] = weight
@@ -318,6 +319,7 @@ def rescale(
     Lin et al. 2023, arXiv:2305.08891, eq. 14 to 16."""
     if not 0 <= real_number('phi', phi) <= 1:
         raise ValueError(f'phi={phi} is out of range. Give a number from 0 to 1.')
+    tensor('x', x, 'B C h w'); tensor('like', like, ' '.join(map(str, x.shape)))
     std = lambda v: v.std((1, 2, 3), keepdim=True)
     return phi*x*std(like)/std(x) + (1 - phi)*x
 

@@ -145,6 +145,7 @@ def karras(
     rho: float = 7.,   # the larger, the more of them are small
 ) -> np.ndarray:
     "Noise levels whose rho-th roots are even. Karras et al. 2022, arXiv:2206.00364, eq. 5."
+    n = whole_number('n', n, 1)
     return np.linspace(largest**(1/rho), smallest**(1/rho), n)**rho
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #710517a0

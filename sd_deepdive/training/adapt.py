@@ -14,7 +14,7 @@ import torch
 from collections.abc import Callable, Sequence
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import real_number, whole_number
+from ..checks import real_number, tensor, whole_file, whole_number
 from ..drawings import drawings
 from ..images import on_colour
 from ..latents import pil2latent
@@ -23,6 +23,7 @@ from ..text import text_enc
 from .clip import token_ids
 from .diffusion import noise_loss
 from .loop import Trainer
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from ..words import add_words, course_words, save_words, word_vector
 from torch import Tensor, nn
@@ -71,6 +72,7 @@ def picture_batches(
     **said: Tensor,      # what is said of the pictures, (N, ...) each: `ids`, or `text`
 ) -> Callable:
     "`draw` for `Trainer.fit`: pictures at random, what is said of them, a time, noise."
+    tensor('latents', latents, 'N 4 h w'); whole_number('batch', batch, 1); whole_number('times', times, 1)
     if not len(latents) or any(len(x)!=len(latents) for x in said.values()):
         counts = {name: len(x) for name, x in said.items()}
         raise ValueError(f'latents has {len(latents)} pictures for {counts}. Give a caption for each.')
@@ -201,7 +203,8 @@ def save_lora(
     path: Path,           # .safetensors
 ) -> None:
     "Write the changes: a few hundred kilobytes. The scale is not among them."
-    save_file({name: w.contiguous() for name, w in changes(network).items()}, path)
+    if not lora_layers(network): raise ValueError('network has no changes. Use add_lora first.')
+    with whole_file(path) as part: save_file({name: w.contiguous() for name, w in changes(network).items()}, part)
 
 # %% ../../nbs/22_training_a_new_word.ipynb #c3fcc71f
 def load_lora(
@@ -209,7 +212,10 @@ def load_lora(
     path: Path,           # .safetensors
 ) -> None:
     "Give a network the changes of a file. ValueError if they do not fit."
-    saved, shapes = load_file(path), lambda weights: {name: w.shape for name, w in weights.items()}
+    shapes = lambda weights: {name: w.shape for name, w in weights.items()}
+    try: saved = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'{path} cannot be read ({e}). Give a file that save_lora wrote.') from None
     if shapes(saved)!=shapes(changes(network)):
         raise ValueError(f'{path} was saved from other layers. Use the same names and rank in add_lora.')
     network.load_state_dict(saved, strict=False)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from diffusers import AutoencoderKL
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import whole_number
+from ..checks import tensor, whole_number
 from ..drawings import read_drawings
 from .data import compose, palette, placings, stack, styles
 from .loop import Trainer, accelerator, save_record, save_sheet
@@ -48,7 +48,8 @@ def _alike(
     y: Tensor,
     x: Tensor,
 ) -> None:
-    "ValueError if two batches of pictures have different shapes."
+    "TypeError or ValueError if these are no batches of pictures, or of different shapes."
+    tensor('y', y); tensor('x', x)
     if y.ndim!=4 or y.shape!=x.shape:
         raise ValueError(f'y has shape {tuple(y.shape)}, x {tuple(x.shape)}: give two batches of one shape.')
 
@@ -81,6 +82,7 @@ def kl_divergence(
 # %% ../../nbs/19_training_the_autoencoder.ipynb #9df581b3
 def _drawings(rgba: Tensor) -> None:
     "ValueError for what are no drawings of `stack`."
+    tensor('rgba', rgba)
     n, channels, height, width = rgba.shape if rgba.ndim==4 else (0,)*4
     if rgba.dtype!=torch.uint8 or not n or channels!=4 or height!=width or width%16:
         raise ValueError(f'rgba is {rgba.dtype} of shape {tuple(rgba.shape)}. Give square drawings as bytes, '
@@ -128,6 +130,7 @@ def autoencoder_loss(
 # %% ../../nbs/19_training_the_autoencoder.ipynb #abf10c9d
 def _pictures(pixels: Tensor) -> tuple[Tensor, ...]:
     "Pictures in groups of 20. ValueError for another shape."
+    tensor('pixels', pixels)
     if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels) or pixels.shape[2]%8 or pixels.shape[3]%8:
         raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give (N, 3, H, W), sides multiples of 8.')
     return pixels.split(20)

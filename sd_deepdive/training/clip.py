@@ -19,7 +19,9 @@ from fastcore.basics import patch
 from fastcore.script import call_parse
 from importlib.resources import files
 from pathlib import Path
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from ..checks import tensor, texts as check_texts, whole_file, whole_number
 from ..drawings import Drawing, read_drawings
 from ..models import _quiet as quiet
 from ..places import embedded_folder
@@ -113,8 +115,8 @@ def token_ids(
     texts: Sequence[str],       # any number
 ) -> Tensor:
     "The ids of texts (B, 77), cut off and filled up. ValueError for no list of texts."
-    if isinstance(texts, str) or not len(texts):
-        raise ValueError(f'texts={texts!r} is not a list of texts. Give at least one, in a list.')
+    if isinstance(texts, str): raise ValueError(f'texts={texts!r} is not a list of texts. Give at least one, in a list.')
+    texts = check_texts('texts', texts)
     return tokenizer([*texts], padding='max_length', truncation=True, return_tensors='pt').input_ids
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #ce3399f8
@@ -135,8 +137,7 @@ def save_tower(
 ) -> None:
     "Everything but the text encoder, in half precision: picture tower, projection, temperature."
     rest = {name: w.half() for name, w in model.state_dict().items() if not name.startswith('text.')}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(rest, path)
+    with whole_file(path) as part: save_file(rest, part)
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #b06d3741
 def load_clip(
@@ -147,7 +148,9 @@ def load_clip(
     with quiet(): text = text or CLIPTextModel.from_pretrained(embedded_folder()/'text_encoder').float()
     model = Clip(text)
     file = Path(tower or str(files('sd_deepdive')/'data'/'picture_tower.safetensors'))
-    weights = load_file(file)
+    try: weights = load_file(file)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'tower={str(file)!r} cannot be read ({e}). Give a file that save_tower wrote.') from None
     rest = {name for name in model.state_dict() if not name.startswith('text.')}
     if rest!=weights.keys():
         raise ValueError(f'tower={file.name!r} is no picture tower. Give a file that save_tower wrote.')
@@ -159,7 +162,8 @@ def shrunk(
     rgba: Tensor,   # (N, 4, H, W) bytes, from `stack`
     side: int,      # pixels
 ) -> Tensor:
-    "The drawings at another size, bytes (N, 4, side, side)."
+    "The drawings at another size, bytes (N, 4, side, side). TypeError or ValueError for what are no drawings, or no size."
+    tensor('rgba', rgba, 'N 4 H W'); whole_number('side', side, 1)
     small = lambda part: F.interpolate(part.float(), size=(side, side), mode='area').round().byte()
     return torch.cat([small(part) for part in rgba.split(500)])
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from collections.abc import Sequence
 from functools import cache
 import numpy as np
-from ..checks import whole_number
+from ..checks import real_number, tensor, whole_number
 from ..drawings import Drawing
 from .sources import recipe, sources
 from torch import Tensor
@@ -42,6 +42,8 @@ def stack(
 ) -> Tensor:
     """Drawings as bytes (N, 4, H, W): red, green and blue already multiplied by the fourth, alpha.
     ValueError for none, or for two sizes. Porter and Duff 1984, section 3."""
+    if wrong := [d for d in drawings if not isinstance(d, Drawing)]:
+        raise TypeError(f'drawings holds a {type(wrong[0]).__name__}. Give a list of drawings.')
     sizes = {d.image.size for d in drawings}
     if len(sizes)!=1:
         raise ValueError(f'drawings have the sizes {sorted(sizes)}. Give at least one, and all of one size.')
@@ -60,7 +62,10 @@ def palette() -> Tensor:
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #add85653
 def _check_shapes(rgba: Tensor, colours: Tensor, matrix: Tensor | None) -> None:
-    "ValueError if they do not belong together."
+    "TypeError or ValueError if they are no tensors, or do not belong together."
+    tensor('rgba', rgba); tensor('colours', colours)
+    if matrix is not None and not tensor('matrix', matrix).is_floating_point():
+        raise TypeError(f'matrix holds {matrix.dtype}. Give float32 values, as placings does.')
     if rgba.ndim!=4 or rgba.shape[1]!=4 or rgba.dtype!=torch.uint8:
         raise ValueError(f'rgba is {tuple(rgba.shape)}, {rgba.dtype}. Give bytes (B, 4, H, W), from `stack`.')
     n = len(rgba)
@@ -79,6 +84,7 @@ def compose(
     """Drawings on their colours, 'over' of Porter and Duff 1984: pixels (B, 3, size, size), -1 to 1.
     ValueError for other shapes."""
     _check_shapes(rgba, colours, matrix)
+    if size is not None: whole_number('size', size, 1)
     x = rgba.float()/255
     if matrix is None and size: matrix = torch.eye(2, 3).to(x).expand(len(x), 2, 3)
     if matrix is not None:
@@ -109,7 +115,7 @@ def placings(
 # %% ../../nbs/18_pictures_and_captions.ipynb #ceb94699
 def _check_placings(n: int, zoom: tuple[float, float], turn: float, shift: float) -> None:
     "ValueError for limits that are none."
-    whole_number('n', n, 1)
+    whole_number('n', n, 1); real_number('turn', turn); real_number('shift', shift)
     if not (len(zoom)==2 and 0 < zoom[0] <= zoom[1]):
         raise ValueError(f'zoom={zoom}: give the smallest and the largest, both above 0, such as (.9, 1.1).')
     for name, most in dict(turn=turn, shift=shift).items():

@@ -13,17 +13,18 @@ __all__ = ['CONFIG', 'Prepared', 'backgrounds_for', 'text_states', 'placed_laten
 import random
 import torch
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from fastcore.script import call_parse
 from pathlib import Path
+from ..checks import tensor, whole_number
 from ..drawings import Drawing, read_drawings
 from ..parts import Parts, load_parts
 from ..sampling import make_samples
 from ..schedule import add_noise
 from .clip import token_ids
 from .data import BACKGROUNDS, caption, compose, palette, placings, stack, styles, things
-from .loop import Trainer, accelerator, save_record, save_sheet, save_whole
+from .loop import Trainer, accelerator, read_state, save_record, save_sheet, save_whole
 from .sources import recipe
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -87,7 +88,10 @@ def prepare(
     seed: int = 0,                 # of places and captions
 ) -> Prepared:
     "Encode drawings and captions once and for all: the autoencoder and the text encoder stay as they are."
+    if wrong := [d for d in drawings if not isinstance(d, Drawing)]:
+        raise TypeError(f'drawings holds a {type(wrong[0]).__name__}. Give drawings of the course.')
     if not drawings: raise ValueError('drawings is empty: give at least one.')
+    for name, value, least in (('white', white, 1), ('captions', captions, 1), ('seed', seed, 0)): whole_number(name, value, least)
     g, rng, latents, states, texts = torch.Generator().manual_seed(seed), random.Random(seed), [], [], []
     for d in tqdm(drawings, desc='preparing', delay=20, mininterval=5):
         tinted = backgrounds_for(d.style)[1:]
@@ -160,7 +164,8 @@ def losses_at(
     times: Sequence[int],     # of the noise schedule
     seed: int = 1,            # of the noise, the same at each time
 ) -> list[float]:
-    "The plain loss at each time, on the same pictures with the same noise."
+    "The plain loss at each time, on the same pictures with the same noise. TypeError or ValueError for other shapes."
+    tensor('latents', latents, 'N 4 h w'); tensor('text', text, f'{len(latents)} tokens D'); tensor('alphas_cumprod', alphas_cumprod, 'times')
     device = next(unet.parameters()).device
     z, text = latents.float().to(device), text.float().to(device)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -221,7 +226,10 @@ def prepared_once(
 ) -> Prepared:
     "What `prepare` returns, from the file if it is there."
     if not cache.exists(): save_whole(cache, vars(prepare(parts, drawings)) | dict(drawings=None))
-    return Prepared(**torch.load(cache, weights_only=True) | dict(drawings=[*drawings]))
+    state = read_state(cache)
+    if state.keys()!={field.name for field in fields(Prepared)}:
+        raise ValueError(f'{cache} was not made by prepare. Remove the file.')
+    return Prepared(**state | dict(drawings=[*drawings]))
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a21c0de1
 def diffusion_report(

@@ -17,7 +17,9 @@ from collections.abc import Callable, Sequence
 from fastcore.script import call_parse
 from importlib.resources import files
 from pathlib import Path
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from ..checks import tensor
 from scipy.linalg import eigvals
 from ..drawings import Drawing, read_drawings
 from ..parts import Parts, load_parts
@@ -33,7 +35,10 @@ def load_judge(
     path: Path | None = None,   # default: the judge that ships with the course
 ) -> PictureTower:
     "A picture tower that was trained apart from the model: another seed, all drawings."
-    weights = load_file(path or Path(str(files('sd_deepdive')/'data'/'judge.safetensors')))
+    path = path or Path(str(files('sd_deepdive')/'data'/'judge.safetensors'))
+    try: weights = load_file(path)
+    except (SafetensorError, OSError) as e:
+        raise ValueError(f'path={str(path)!r} cannot be read ({e}). Give a file that save_tower wrote.') from None
     start = 'picture.'
     picture = {name.removeprefix(start): w.float() for name, w in weights.items() if name.startswith(start)}
     if not picture:
@@ -66,6 +71,7 @@ def nearest(
     known: Tensor,   # features of real drawings (N, width)
 ) -> tuple[list[int], list[float]]:
     "For each picture, which drawing is nearest, and the cosine between the two."
+    tensor('made', made, 'M width'); tensor('known', known, f'N {made.shape[1]}')
     cosine, which = (made @ known.T).max(1)
     return which.tolist(), cosine.tolist()
 
@@ -91,9 +97,12 @@ def frechet_distance(
     """Between two clouds of features, each taken for a normal distribution.
     Heusel et al. 2017, arXiv:1706.08500, eq. 6.
     ValueError for clouds of fewer than two points, or of two widths."""
+    tensor('a', a); tensor('b', b)
     if a.ndim!=2 or b.ndim!=2 or a.shape[1]!=b.shape[1] or min(len(a), len(b)) < 2:
         shapes = f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}'
         raise ValueError(f'{shapes}. Give (pictures, width), two pictures or more.')
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise ValueError('a or b has values that are not finite. Give features of pictures that are.')
     a, b = a.double(), b.double()
     cov_a, cov_b = a.T.cov(), b.T.cov()
     root = math.fsum(max(0, value.real)**.5 for value in eigvals((cov_a @ cov_b).numpy()))

@@ -1,0 +1,361 @@
+"""Broken and hostile files, Ctrl-C, a full disk, random input: each ends in plain words of ours, runs nothing, loses nothing."""
+import io
+import json
+import math
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import zlib
+from contextlib import suppress
+from pathlib import Path
+from zipfile import ZipFile
+
+import ipywidgets as widgets
+import pytest
+import torch
+from conftest import CFG, ROOT, untrained
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from safetensors.torch import save_file
+
+from sd_deepdive import explore
+from sd_deepdive.drawings import read_drawings
+from sd_deepdive.further.cells import cells_of
+from sd_deepdive.further.many import read_wishes
+from sd_deepdive.further.own_pictures import read_captions
+from sd_deepdive.further.steering import parse_weights
+from sd_deepdive.images import fit_picture
+from sd_deepdive.img2img import image_to_image
+from sd_deepdive.models import load_pipeline
+from sd_deepdive.parts import take_apart
+from sd_deepdive.places import embedded_folder
+from sd_deepdive.sampling import make_samples
+from sd_deepdive.scratch.autoencoder import Autoencoder
+from sd_deepdive.scratch.checkpoints import read_weights, unfilled
+from sd_deepdive.scratch.configs import FIELDS
+from sd_deepdive.scratch.samplers import Euler
+from sd_deepdive.scratch.text_encoder import TextEncoder
+from sd_deepdive.scratch.tokenizer import Tokenizer
+from sd_deepdive.scratch.unet import UNet
+from sd_deepdive.text import cut_off
+from sd_deepdive.training.adapt import add_lora, load_lora
+from sd_deepdive.training.clip import load_clip
+from sd_deepdive.training.diffusion import prepared_once
+from sd_deepdive.training.loop import Trainer, read_state
+from sd_deepdive.training.quality import load_judge
+from sd_deepdive.words import add_words, load_words
+
+PNG = io.BytesIO()
+Image.new('RGB', (8, 8), 'red').save(PNG, 'png')
+PNG = PNG.getvalue()
+
+
+def plain(call, *words, kind=ValueError):
+    "What a call says that ends in an error of ours, of this kind and with these words."
+    with pytest.raises(kind) as e: call()
+    said = str(e.value)
+    assert Path(e.traceback[-1].path).is_relative_to(CFG.lib_path), f'{said}: from {e.traceback[-1]}'
+    assert '\n' not in said and all(word in said for word in words), said
+    return said
+
+
+@pytest.fixture(scope='module')
+def pipe(): return untrained()
+
+
+@pytest.fixture(scope='module')
+def parts(pipe): return take_apart(pipe)
+
+
+# Files --------------------------------------------------------------------------------------------------------------
+
+def layers():
+    "A network with changes beside its one layer."
+    network = torch.nn.Sequential()
+    network.to_q = torch.nn.Linear(4, 4)
+    add_lora(network)
+    return network
+
+
+def weights_of(file):
+    "The weights of a file, as a network's."
+    file.rename(file.with_name('model.safetensors'))
+    return read_weights(file.parent)
+
+
+READERS = {   # what reads a file, and how that file ends
+    'words': (load_words, '.safetensors'), 'words, pickled': (load_words, '.bin'), 'drawings': (read_drawings, '.zip'), 'network': (weights_of, '.safetensors'),
+    'pair': (lambda f: load_clip(tower=f), '.safetensors'), 'judge': (load_judge, '.safetensors'), 'changes': (lambda f: load_lora(layers(), f), '.safetensors'),
+    'checkpoint': (lambda f: Trainer(torch.nn.Linear(3, 1), 5, .1, f.parent).load(), '.pt'), 'prepared': (lambda f: prepared_once(f, None, []), '.pt'),
+    'model': (load_pipeline, '.safetensors'), 'captions': (lambda f: read_captions(f.parent, f), '.csv'), 'wishes': (read_wishes, '.csv')}
+
+
+@pytest.mark.parametrize('held', [b'', b'hello', PNG, b'PK\x03\x04 and no more', b'\xff\xfe\x00\x01', b'x\x00y\n"'], ids=['empty', 'text', 'picture', 'cut zip', 'bytes', 'quote'])
+@pytest.mark.parametrize('name', READERS)
+def test_another_kind(tmp_path, name, held):
+    "A file of another kind under the name that is expected: the error names the file."
+    read, end = READERS[name]
+    (file := tmp_path/f'checkpoint{end}').write_bytes(held)
+    plain(lambda: read(file), file.suffix)
+
+
+class Evil:
+    "Runs a command when it is unpickled."
+    def __init__(self, trace): self.trace = trace
+    def __reduce__(self): return os.system, (f'touch {self.trace}',)
+
+
+@pytest.mark.parametrize('how', [torch.save, lambda x, file: file.write_bytes(pickle.dumps(x))], ids=['torch', 'pickle'])
+def test_pickles(tmp_path, how):
+    "Pickles that would leave a trace leave none, whoever reads them; opened without care, they do."
+    trace, file = tmp_path/'ran', tmp_path/'checkpoint.pt'
+    how(dict(a=Evil(trace)), file)
+    for name in ('words, pickled', 'checkpoint', 'prepared'):
+        plain(lambda: READERS[name][0](file), 'checkpoint.pt')
+    assert not trace.exists()
+    with suppress(RuntimeError): torch.load(file, weights_only=False)
+    assert trace.exists()
+
+
+def png(width, height):
+    "A PNG of a few kB that says it has this size; a real one up to 12,000 pixels."
+    Image.new('1', (min(width, 12_000), min(height, 12_000))).save(file := io.BytesIO(), 'png')
+    data, size = file.getvalue(), struct.pack('>II', width, height)
+    head = b'IHDR' + size + data[24:29]
+    return data[:12] + head + struct.pack('>I', zlib.crc32(head)) + data[33:]
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_bomb(tmp_path, pipe):
+    "A picture of 110 million pixels in 14 kB is not unpacked."
+    (file := tmp_path/'bomb.png').write_bytes(png(10_500, 10_500))
+    assert file.stat().st_size < 20_000
+    for call in (lambda image: image_to_image(pipe, 'a bell', image, num_inference_steps=1), lambda image: fit_picture(image, 16, 16)):
+        with Image.open(file) as image:
+            plain(lambda: call(image), '110 million pixels', 'Make it smaller')
+            assert image.tile, 'it was read'
+
+
+def test_zip_that_leaves_its_folder(tmp_path, monkeypatch):
+    "Members with paths like ../x are read where they are, and nothing is written."
+    (inner := tmp_path/'inner').mkdir()
+    monkeypatch.chdir(inner)
+    with ZipFile('a.zip', 'w') as z:
+        z.writestr('../escaped.png', PNG)
+        z.writestr('metadata.jsonl', json.dumps(dict(thing='a', style='b', keywords=[], held_out=False, file_name='../escaped.png')))
+    assert read_drawings(Path('a.zip'))[0].image.size == (8, 8)
+    assert sorted(f.name for f in tmp_path.rglob('*')) == ['a.zip', 'inner']
+
+
+VECTORS = [(torch.full((16,), torch.nan), 'not finite'), (torch.ones(5), 'width 5, the model 16'), (torch.ones(2, 16), 'shape (2, 16)'), (torch.ones(16, dtype=torch.int64), 'int64')]
+
+
+@pytest.mark.parametrize('vector, words', VECTORS, ids=['nan', 'width', 'shape', 'type'])
+def test_words_that_do_not_fit(tmp_path, parts, vector, words):
+    "A file of words with nan, of another model, or of another kind of numbers changes nothing."
+    save_file({'<x>': vector}, tmp_path/'a.safetensors')
+    before = len(parts.tokenizer)
+    plain(lambda: add_words(parts, load_words(tmp_path/'a.safetensors')), words)
+    assert len(parts.tokenizer) == before
+
+
+# Faults -------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('side', [2**23, 2**34, 2**43])
+def test_too_large(parts, side):
+    "A picture for which no memory is enough, or whose bytes cannot be counted."
+    plain(lambda: make_samples(parts, 'a bell', height=side, width=side, steps=1), 'Lower batch_size', kind=MemoryError)
+
+
+def test_ctrl_c_in_the_loop(parts):
+    "After Ctrl-C in the second step the model draws what it drew before."
+    call, asked = dict(seed=3, steps=4), []
+    before = make_samples(parts, 'a bell', **call)
+    def interrupt(*_):
+        asked.append(1)
+        if len(asked) == 2: raise KeyboardInterrupt
+    with parts.unet.register_forward_hook(interrupt), pytest.raises(KeyboardInterrupt): make_samples(parts, 'a bell', **call)
+    assert len(asked) == 2 and torch.equal(make_samples(parts, 'a bell', **call), before)
+
+
+def test_ctrl_c_in_a_widget():
+    "Ctrl-C while it draws: the old picture stays, and the next turn of the knob draws."
+    knob, broken = widgets.IntSlider(0, 0, 9), []
+    def draw(knob):
+        if broken: raise broken[0]
+        return Image.new('RGB', (8, 8), (knob, 0, 0))
+    box = explore.explorer(draw, side=8, knob=knob)
+    before = explore.still(box).getpixel((0, 0))
+    broken.append(KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt): knob.value = 3
+    assert explore.still(box).getpixel((0, 0)) == before
+    broken.clear()
+    knob.value = 4
+    assert explore.still(box).getpixel((0, 0)) == (4, 0, 0)
+
+
+def fitted(folder, stop=None, steps=12):
+    "The weights that training gives; `stop` is called with each step."
+    torch.manual_seed(0)
+    network = torch.nn.Linear(3, 1)
+    def draw(g, step):
+        if stop: stop(step)
+        return dict(x=torch.randn(4, 3, generator=g))
+    Trainer(network, steps, .1, folder, warmup=2).fit(draw, lambda m, x: m(x).square().mean(), every=5)
+    return network.weight.detach()
+
+
+def test_ctrl_c_in_training(tmp_path):
+    "The last checkpoint stays, and training that goes on from it ends where it would have."
+    def stop(step):
+        if step == 7: raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt): fitted(tmp_path, stop)
+    assert [f.name for f in tmp_path.iterdir()] == ['checkpoint.pt'] and len(read_state(tmp_path/'checkpoint.pt')['losses']) == 5
+    begun = []
+    assert torch.equal(fitted(tmp_path, begun.append), fitted(None)) and begun[0] == 5
+
+
+def test_ctrl_c_while_saving(tmp_path, monkeypatch):
+    "Ctrl-C in the middle of a checkpoint: the one before stays, and nothing half-written."
+    save = torch.save
+    def interrupted(state, part):
+        save(state, part)
+        if len(state['losses']) == 10:
+            Path(part).write_bytes(Path(part).read_bytes()[:99])
+            raise KeyboardInterrupt
+    monkeypatch.setattr(torch, 'save', interrupted)
+    with pytest.raises(KeyboardInterrupt): fitted(tmp_path)
+    assert [f.name for f in tmp_path.iterdir()] == ['checkpoint.pt'] and len(read_state(tmp_path/'checkpoint.pt')['losses']) == 5
+
+
+# What is saved, each over a file that is there; run in a process of its own, where files cannot grow over 2 kB, as on a full disk.
+WRITERS = '''
+import json, resource, sys, torch
+from pathlib import Path
+from PIL import Image
+from sd_deepdive.drawings import drawings, write_drawings
+from sd_deepdive.further.many import write_picture
+from sd_deepdive.training.adapt import add_lora, save_lora
+from sd_deepdive.training.clip import Clip, save_tower
+from sd_deepdive.training.loop import Trainer, save_record, save_sheet, save_whole
+from sd_deepdive.words import save_words
+network = torch.nn.Sequential()
+network.to_q = torch.nn.Linear(999, 999)
+add_lora(network)
+class Tower(torch.nn.Module):
+    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.ones(9999))
+writers = {
+    'a.safetensors': lambda file: save_words(file, {'<x>': torch.ones(9999)}), 'a.png': lambda file: write_picture(file, Image.effect_noise((99, 99), 50), {}),
+    'a.zip': lambda file: write_drawings(drawings('red apple'), file), 'a.pt': lambda file: save_whole(file, dict(a=torch.ones(9999))),
+    'a.json': lambda file: save_record(file, a=[1]*9999), 'sheet.png': lambda file: save_sheet(torch.rand(4, 3, 64, 64), 2, file),
+    'lora.safetensors': lambda file: save_lora(network, file), 'tower.safetensors': lambda file: save_tower(Tower(), file),
+    'checkpoint.pt': lambda file: Trainer(torch.nn.Linear(999, 1), 1, .1, file.parent).save()}
+folder, said = Path(sys.argv[1]), {}
+resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+for name, write in writers.items():
+    (folder/name).write_text('old')
+    for place in (folder/name, folder/name/name):      # the second: a file where the folder should be
+        try: write(place)
+        except (ValueError, OSError) as e: said[str(place.relative_to(folder))] = str(e)
+print(json.dumps(said))
+'''
+
+
+def test_full_disk(tmp_path):
+    "Where files cannot grow, and where the folder is a file: plain words, the old file whole, nothing half-written; the same for all that is saved."
+    done = subprocess.run([sys.executable, '-c', WRITERS, tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1'))
+    assert done.returncode == 0, done.stderr[-3000:]
+    said = json.loads(done.stdout.splitlines()[-1])
+    names = sorted(f.name for f in tmp_path.iterdir())
+    assert len(names) == 9 and not [n for n in names if n.endswith('.part')] and {f.read_text() for f in tmp_path.iterdir()} == {'old'}
+    assert set(said) == {*names, *(f'{name}/{name}' for name in names)}
+    for place, words in said.items(): assert Path(place).name in words and '\n' not in words, words
+
+
+# Random input -------------------------------------------------------------------------------------------------------
+
+def bounded(n): return settings(derandomize=True, max_examples=n, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+ANY_TEXT = st.text(st.characters(), max_size=200) | st.text(st.sampled_from('a é\u0301\u200d\U0001f9d1(:1.5),<|endoftext|>\n'), max_size=400).map(lambda s: s*9)
+
+
+@pytest.fixture(scope='module')
+def by_hand(parts): return Tokenizer.from_pretrained(embedded_folder()/'tokenizer')
+
+
+@bounded(60)
+@given(prompt=ANY_TEXT)
+@pytest.mark.filterwarnings('ignore:The prompt has more than')
+def test_prompts(parts, by_hand, prompt):
+    "Any text is drawn, and cut off at the same place by both tokenizers; half of a character is refused."
+    if any('\ud800' <= c <= '\udfff' for c in prompt):
+        plain(lambda: make_samples(parts, prompt, steps=1), 'half of a character')
+        return plain(lambda: cut_off(by_hand, prompt), 'half of a character')
+    assert make_samples(parts, prompt, steps=1).isfinite().all()
+    assert cut_off(by_hand, prompt) == cut_off(parts.tokenizer, prompt)
+
+
+def test_long_prompt(by_hand, parts):
+    "Twenty thousand letters are cut off where the library cuts them, in a moment: not in the square of it."
+    prompt = 'red apple '*2_000
+    assert len(cut_off(by_hand, prompt)) > 19_000 and cut_off(by_hand, prompt) == cut_off(parts.tokenizer, prompt)
+
+
+@bounded(100)
+@given(caption=ANY_TEXT | st.lists(st.sampled_from('one two ten long round pink brown cell cells, dividing one'.split())).map(' '.join))
+def test_captions(caption):
+    "A caption of cells is understood or refused; one with weights has finite ones, inside of the text."
+    try: assert cells_of(caption).caption == caption
+    except ValueError as e: assert 'caption=' in str(e)
+    try: text, spans = parse_weights(caption)
+    except ValueError as e: assert 'weight=' in str(e)
+    else: assert all(0 <= a < b <= len(text) and math.isfinite(w) for a, b, w in spans)
+
+
+@bounded(60)
+@given(held=st.binary(max_size=200) | ANY_TEXT.map(lambda s: ('file,caption,prompt\n' + s).encode(errors='replace')), end=st.sampled_from(['.csv', '.txt', '.jsonl']))
+def test_tables(tmp_path_factory, held, end):
+    "A table of anything is read or refused by name."
+    (file := tmp_path_factory.getbasetemp()/f'table{end}').write_bytes(held)
+    for read in (read_wishes, lambda f: read_captions(f.parent, f)):
+        try: assert read(file)
+        except ValueError as e: assert file.name in str(e)
+
+
+VALUES = st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.text(max_size=5) | st.lists(st.integers(-1, 40) | st.text(max_size=3), max_size=5) | st.just({})
+SMALL = {UNet: dict(sample_size=8, block_out_channels=[8, 16], cross_attention_dim=16, attention_head_dim=4, norm_num_groups=4, layers_per_block=1,
+                    down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D']),
+         Autoencoder: dict(block_out_channels=[8, 8], norm_num_groups=4, sample_size=16), TextEncoder: dict(hidden_size=16, intermediate_size=16, num_attention_heads=2),
+         Euler: {}}
+
+
+@pytest.mark.parametrize('kind', SMALL, ids=lambda k: k.__name__)
+def test_configs(kind):
+    "A config with any value in any field is refused, the field named, or a network is built."
+    fields = [*FIELDS[getattr(kind, 'kind', 'SchedulerMixin')], 'norm_type', 'class_embed_type']
+    @bounded(100)
+    @given(changed=st.dictionaries(st.sampled_from(fields), VALUES, min_size=1, max_size=2))
+    def check(changed):
+        config = SMALL[kind] | changed
+        try:
+            with unfilled(): kind(**config) if kind is Euler else kind(config)
+        except (ValueError, TypeError) as e: assert any(name in str(e) for name in config), e
+    check()
+
+
+@bounded(100)
+@given(header=st.dictionaries(st.sampled_from(['a.weight', 'query.weight', 'to_q.weight', '__metadata__', '']), st.fixed_dictionaries({}, optional=dict(
+           dtype=st.sampled_from(['F32', 'F16', 'F8_E4M3', 'I64', 'BOOL', 'X', 3]), shape=st.lists(st.integers(-2, 2**62), max_size=3) | st.just('2'),
+           data_offsets=st.lists(st.integers(-1, 2**40) | st.just(8), max_size=3))), max_size=3) | st.just([]),
+       rest=st.binary(max_size=16), length=st.none() | st.integers(0, 2**64 - 1), raw=st.none() | st.binary(max_size=60))
+def test_checkpoint_headers(tmp_path_factory, header, rest, length, raw):
+    "Random bytes, and headers with wrong shapes, types and places: read, or a ValueError that names the file."
+    text = json.dumps(header).encode()
+    held = struct.pack('<Q', len(text) if length is None else length) + text + rest if raw is None else raw
+    (folder := tmp_path_factory.getbasetemp()/'headers').mkdir(exist_ok=True)
+    (folder/'model.safetensors').write_bytes(held)
+    try: assert all(isinstance(w, torch.Tensor) for w in read_weights(folder).values())
+    except ValueError as e: assert 'model.safetensors' in str(e)
