@@ -1,13 +1,20 @@
 """The package and its files: small, in step with the notebooks, quick to import, documented, whole in its wheel."""
-import ast, filecmp, io, os, re, shutil, sys, tokenize
+import ast, filecmp, inspect, io, os, re, shutil, sys, tokenize
 from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import yaml
+from bs4 import BeautifulSoup
 from conftest import CFG, NBS, ROOT, apart, run
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
+from nbdev.config import nbpath2html
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from test_notebooks import run_notebook
+
+import sd_deepdive
 
 MB = 2**20
 LIB = CFG.lib_path
@@ -109,6 +116,12 @@ def test_one_address():
             assert user == CFG.user, f
 
 
+def default_exp(nb):
+    "The module that a notebook exports to, if it does."
+    found = re.search(r'#\| default_exp ([\w.]+)', nb.read_text())
+    return found and found[1]
+
+
 def lacking(text):
     "What a module's public functions lack, those that are put into a class included: docstring, hints, a comment beside each argument."
     commented = {t.start[0] for t in tokenize.generate_tokens(io.StringIO(text).readline) if t.type == tokenize.COMMENT}
@@ -150,9 +163,9 @@ def test_lock_covers_requirements():
     ini = ConfigParser()
     ini.read(ROOT/'settings.ini')
     pins = dict(line.split('==') for line in (ROOT/'lock.txt').read_text().splitlines())
-    pins = {name.lower().replace('_', '-'): version for name, version in pins.items()}
-    wanted = [Requirement(r.lower().replace('_', '-')) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') for r in v.split()]
-    assert wanted and [r for r in wanted if r.name not in pins or pins[r.name] not in r.specifier] == []
+    pins = {canonicalize_name(name): version for name, version in pins.items()}
+    wanted = [(canonicalize_name(r.name), r.specifier) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') for r in map(Requirement, v.split())]
+    assert wanted and [name for name, spec in wanted if name not in pins or pins[name] not in spec] == []
     assert [f'{n}=={v}' for n, v in pins.items() if '+' in v or n.startswith(('nvidia', 'cuda', 'triton'))] == []
 
 
@@ -180,3 +193,48 @@ print(sd_deepdive.__file__, *image.size, np.asarray(image).std())
     file, width, height, contrast = python(code, cwd=tmp_path, env=env).splitlines()[-1].split()
     assert Path(file).is_relative_to(wheel)
     assert (int(width), int(height)) == (128, 128) and float(contrast) > 5
+
+
+@pytest.mark.xdist_group('wheel')
+def test_licences(wheel):
+    "What is shipped has its licence beside it: the code, the model, the data, in the wheel; libraries and fonts of the site."
+    about = next(wheel.glob('sd_deepdive-*.dist-info'))
+    assert (about/'licenses/LICENSE').read_text() == (ROOT/'LICENSE').read_text()
+    assert 'License-Expression: Apache-2.0 AND CC-BY-4.0 AND MIT' in (about/'METADATA').read_text()
+    card, data = (wheel/LIB.name/name/'README.md' for name in ('embedded', 'data'))
+    assert 'license: cc-by-4.0' in card.read_text()
+    for word in ('Google', 'Twitter', 'Microsoft', 'Mozilla', 'OpenAI', 'Permission is hereby granted'): assert word in data.read_text(), word
+    files = {f.name for f in data.parent.iterdir()} - {'README.md'}
+    assert [f for f in files if not re.search(re.escape(f) if not f.endswith('.json') else r'\*\.json', data.read_text())] == []
+    for folder, holder in {'vendor/katex': 'Khan Academy', 'vendor/axe': 'Mozilla Public License', 'nbs/fonts': 'Adobe'}.items():
+        assert holder in (ROOT/folder/'LICENSE').read_text(), folder
+    assert {f.name for f in (ROOT/'vendor').iterdir()} == {'katex', 'axe'}
+
+
+def test_citation():
+    "CITATION.cff has the fields that its format demands, and the version, licence and addresses of the package."
+    cite = yaml.safe_load((ROOT/'CITATION.cff').read_text())
+    assert {'cff-version', 'message', 'title', 'authors'} <= set(cite) and cite['cff-version'] == '1.2.0' and cite['type'] == 'software'
+    assert cite['version'] == sd_deepdive.__version__ and f"## {cite['version']}" in (ROOT/'CHANGELOG.md').read_text()
+    assert (cite['repository-code'], cite['url']) == (f'https://github.com/{CFG.user}/{CFG.repo}', CFG.doc_url)
+
+
+@pytest.mark.xdist_group('site')
+@pytest.mark.parametrize('nb', [nb for nb in NBS if default_exp(nb)], ids=lambda p: p.name)
+def test_reference(site, nb):
+    "A page shows every public name of its module: functions and classes with signature, arguments and docstring, all else in its code."
+    page = BeautifulSoup((site/nbpath2html(nb).name).read_text(), 'html.parser').main
+    module = import_module(f'{LIB.name}.{default_exp(nb)}')
+    described = {h.get_text().strip().split('.')[-1] for h in page.select('h3')}
+    code = '\n'.join(block.get_text() for block in page.select('pre'))
+    shown = lambda name: name in described if inspect.isroutine(value := getattr(module, name)) or inspect.isclass(value) else re.search(rf'^(\w+, )*{name}\b', code, re.M)
+    assert module.__all__ and [name for name in module.__all__ if not shown(name)] == []
+
+
+@pytest.mark.xdist_group('site')
+@pytest.mark.parametrize('nb', [nb for nb in NBS if nb.name[0].isdigit()], ids=lambda p: p.name)
+def test_footer_has_versions(site, nb):
+    "The end of a lesson's page names the versions that its outputs were saved with: those of the lock."
+    footer = BeautifulSoup((site/nbpath2html(nb).name).read_text(), 'html.parser').select_one('.lesson-versions').text
+    pins = dict(line.split('==') for line in (ROOT/'lock.txt').read_text().splitlines())
+    assert [name for name in ('torch', 'diffusers', 'transformers', 'numpy', 'matplotlib') if f'{name} {pins[name]}' not in footer] == []
