@@ -38,7 +38,7 @@ def read_drawings(
 ) -> list[Drawing]:
     "The drawings of a packed set. FileNotFoundError if it has not been built, ValueError if it is something else."
     path = file_path('path', path)
-    if not path.is_file(): raise FileNotFoundError(f'{path} is not there: `make data` builds the whole set.')
+    if not path.is_file(): raise FileNotFoundError(f'{path} is not there. Make the whole set with `make data`.')
     try:
         with ZipFile(path) as z:
             entries = [json.loads(line) for line in z.read('metadata.jsonl').decode().splitlines()]
@@ -82,5 +82,5 @@ def drawings(
     found = [d for d in _slice() if all(getattr(d, k)==v for k, v in wanted.items())]
     if not found:
         has = lambda key: ', '.join(sorted({getattr(d, key) for d in _slice()}))
-        raise ValueError(f'No drawing has {wanted}. Things: {has("thing")}. Styles: {has("style")}.')
+        raise ValueError(f'No drawing has {wanted}. Take one that is there. Things: {has("thing")}. Styles: {has("style")}.')
     return found

@@ -23,7 +23,7 @@ def _loaded(image: Image.Image, name: str = 'image') -> Image.Image:
     if not isinstance(image, Image.Image):
         raise TypeError(f'{name}={image!r} is not a PIL picture. Open a file with PIL.Image.open.')
     pixels, most = image.width*image.height, Image.MAX_IMAGE_PIXELS
-    if not pixels: raise ValueError(f'{name} is {image.width} x {image.height}: it has no pixels.')
+    if not pixels: raise ValueError(f'{name} is {image.width} x {image.height}: it has no pixels. Get another one.')
     if most and pixels>most and getattr(image, 'tile', None):    # a file that is not read yet
         raise ValueError(f'{name} has {pixels/1e6:.0f} million pixels, more than the {most/1e6:.0f} of PIL.Image.MAX_IMAGE_PIXELS. '
                          'A small file can hold so many, to fill the memory. Make it smaller, or raise that limit if you trust it.')
@@ -52,15 +52,15 @@ def on_colour(
     return Image.alpha_composite(Image.new('RGBA', image.size, colour), image).convert('RGB')
 
 # %% ../nbs/00_images.ipynb #7ebe3e06
-def _checked(images: Sequence[Image.Image]) -> list[Image.Image]:
+def _checked(images: Sequence[Image.Image], name: str = 'images') -> list[Image.Image]:
     "The pictures as a list; a clear error if there are none, or if one of them is no picture."
     if isinstance(images, Image.Image): images = [images]
-    if not isinstance(images, Iterable): raise TypeError(f'images={images!r} is not a list of pictures. Give PIL pictures.')
+    if not isinstance(images, Iterable): raise TypeError(f'{name}={images!r} is not a list of pictures. Give PIL pictures.')
     images = list(images)
-    if not images: raise ValueError('images is an empty list: give at least one picture.')
+    if not images: raise ValueError(f'{name} is an empty list: give at least one picture.')
     for i, im in enumerate(images):
         if not isinstance(im, Image.Image):
-            raise TypeError(f'images[{i}] is a {type(im).__name__}, not a PIL picture: '
+            raise TypeError(f'{name}[{i}] is a {type(im).__name__}, not a PIL picture: '
                             'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
@@ -167,7 +167,7 @@ def film(
     scale: int = 1,                # screen pixels for each pixel
 ) -> Shown:
     "A moving picture (animated PNG) to show in a notebook. ValueError for no frames, or for frames of two sizes."
-    frames = [on_colour(f) for f in _checked(frames)]; whole_number('scale', scale, 1)
+    frames = [on_colour(f) for f in _checked(frames, 'frames')]; whole_number('scale', scale, 1)
     for name, value in dict(seconds=seconds, hold=hold).items():
         if real_number(name, value)<0: raise ValueError(f'{name}={value} is no time. Give seconds, 0 or more.')
     if len({f.size for f in frames})>1: raise ValueError('frames have several sizes: give pictures of one size.')

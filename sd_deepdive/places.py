@@ -142,7 +142,7 @@ def find_model(
     if str(name)==EMBEDDED: return check_folder(embedded_folder(), parts)
     if str(name) and Path(name).is_dir(): return check_folder(Path(name), parts)
     if str(name) and Path(name).is_file(): return check_file(Path(name))
-    if Path(name).suffix in ('.safetensors', *PICKLES): raise ValueError(f'name={str(name)!r} is not a model: there is no such file.')
+    if Path(name).suffix in ('.safetensors', *PICKLES): raise ValueError(f'name={str(name)!r} is not a model: there is no such file. Check its name.')
     if re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(name)): return str(name)
     raise ValueError(f'name={str(name)!r} is not a model: there is no such folder, and a hub id reads "owner/model". '
                      f'Use "{EMBEDDED}", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4".')

@@ -81,7 +81,7 @@ def start_latents(
     """What the loop begins with at `start_step`: noise as large as the scheduler wants it, or a picture with that
     much noise. ValueError for a step that is none, a start_step with no picture, or two shapes; TypeError for what is no tensor."""
     if init is None and start_step:
-        raise ValueError(f'start_step={start_step} leaves steps out: that needs init, the latents of a picture.')
+        raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init, its latents.')
     parts = take_apart(parts)
     _fitting(parts, noise=noise, **{} if init is None else dict(init=init))
     if init is not None and init.shape!=noise.shape:
@@ -200,7 +200,7 @@ def _check_request(init_img, start_step: int, g, steps: int, size: tuple, batch_
     whole_number('start_step', start_step, 0, steps - 1)
     if not callable(g): real_number('g', g)
     if init_img is None and start_step:
-        raise ValueError(f'start_step={start_step} leaves steps out: that needs an init_img.')
+        raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init_img.')
     if init_img is not None and size!=(None, None):
         raise ValueError('height and width are those of init_img: leave them out.')
 

@@ -151,7 +151,7 @@ def _in_table(words: Mapping[str, Tensor], table: Tensor) -> dict[str, Tensor]:
     for token, v in words.items():
         if len(v)!=table.shape[1]:
             raise ValueError(f'{token!r} has width {len(v)}, the model {table.shape[1]}: '
-                             'it belongs to another model.')
+                             'it belongs to another model. Take a word of this one.')
         if not v.to(table.dtype).isfinite().all():
             raise ValueError(f'{token!r} has values too large for {table.dtype}. Train it again.')
     return {token: v.to(table.dtype) for token, v in words.items()}

@@ -88,7 +88,7 @@ def _wish(row: dict, seed: int) -> Wish:
     given = {name: value for name, value in row.items() if value not in (None, '')}
     own = given.get('seed', seed)
     if isinstance(own, str):     # as a table has it
-        if not own.strip().isdecimal(): raise ValueError(f'seed={own!r} is not a whole number.')
+        if not own.strip().isdecimal(): raise ValueError(f'seed={own!r} is not a whole number. Give one, such as 7.')
         own = int(own)
     return Wish(given.get('prompt', ''), own, given.get('negative_prompt', ''))
 
@@ -103,7 +103,8 @@ def read_wishes(
         raise ValueError(f'{file} ends in none of {", ".join(READERS)}. Rename it.')
     try: rows = [*READERS[file.suffix](file.read_text(encoding='utf-8-sig'))]
     except (OSError, ValueError, csv.Error) as e:
-        raise ValueError(f'{file} cannot be read: {getattr(e, "strerror", None) or e}') from None
+        why = str(getattr(e, 'strerror', None) or e).rstrip('.')
+        raise ValueError(f'{file} cannot be read: {why}. Check its name, and what is in it.') from None
     wishes = []
     for n, row in rows:
         try: wishes.append(_wish(row, first + len(wishes)))

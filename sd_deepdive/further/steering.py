@@ -135,7 +135,7 @@ def colour_loss(
 ) -> Callable[[Tensor], Tensor]:
     """A loss: the squared distance of the mean colour, in pixels from -1 to 1. TypeError or ValueError for what is no
     colour, or no mask."""
-    three = isinstance(colour, Sequence) and len(colour)==3
+    three = isinstance(colour, Sequence) and not isinstance(colour, str) and len(colour)==3
     if not three or not all(0 <= real_number('colour', v) <= 1 for v in colour):
         raise ValueError(f'colour={colour!r} is none. Give red, green and blue, each from 0 to 1.')
     if mask is not None: _mask(mask)

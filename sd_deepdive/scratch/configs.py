@@ -69,7 +69,8 @@ def check_sizes(
     for parts, whole in SHARED_OUT.items():
         sizes = config.get(whole, []) if parts in config else []
         if any(n%config[parts] for n in (sizes if isinstance(sizes, list) else [sizes])):
-            raise ValueError(f'{whole}={sizes} is not divisible by {parts}={config[parts]}.')
+            raise ValueError(f'{whole}={sizes} is not divisible by {parts}={config[parts]}. '
+                             'Give a divisor.')
     for name in SHARES:
         if name in config and not 0<=config[name]<=1 or name!='eta' and config.get(name) in (0, 1):
             raise ValueError(f'{name}={config[name]} is no share. Give a number between 0 and 1.')

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import NamedTuple
+from ..checks import tensor
 from .checkpoints import Network
 
 # %% ../../nbs/13_text_encoder_by_hand.ipynb #364910b8
@@ -114,6 +115,7 @@ def forward(
 ) -> TextStates:
     "Hidden states (B, N, D). ValueError for ids of another shape, IndexError for one with no row."
     most = self.config.max_position_embeddings
+    tensor('input_ids', input_ids)
     if input_ids.ndim!=2 or input_ids.shape[1] > most:
         raise ValueError(f'input_ids of shape {tuple(input_ids.shape)} do not fit. '
                          f'Give (B, N), N up to {most}: truncation=True cuts a prompt.')

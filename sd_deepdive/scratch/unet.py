@@ -15,6 +15,7 @@ from fastcore.basics import AttrDict, patch
 from itertools import pairwise, zip_longest
 from math import log
 from torch import Tensor, nn
+from ..checks import tensor
 from .autoencoder import Attention, Downsample, ResnetBlock, Sample, Upsample
 from .checkpoints import Network
 from .configs import refuse
@@ -236,6 +237,10 @@ def forward(
     not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""
     refuse(options)
     channels, text = self.config.in_channels, encoder_hidden_states
+    tensor('sample', sample)
+    if not isinstance(text, KeysValues):
+        width = self.config.cross_attention_dim
+        tensor('encoder_hidden_states', text, f'B tokens {width}')
     if sample.ndim!=4 or sample.shape[1]!=channels:
         raise ValueError(f'sample of shape {tuple(sample.shape)} does not fit. '
                          f'Give latents (B, {channels}, h, w).')

@@ -45,6 +45,8 @@ class NewWord(nn.Module):
     "The text encoder, with one row of its token table to be trained. ValueError for an unknown word."
     def __init__(self, parts: Parts, token: str):    # the tokenizer knows the token already
         super().__init__()
+        if not hasattr(parts.tokenizer, 'get_vocab'):
+            raise TypeError(f'parts has a {type(parts.tokenizer).__name__} by hand. Give what parts.load_parts() returns.')
         if token not in parts.tokenizer.get_vocab():
             raise ValueError(f'token={token!r} is not a word of the model yet. Give it one with add_words.')
         self.id = parts.tokenizer.convert_tokens_to_ids(token)
@@ -158,7 +160,7 @@ def add_lora(
     ends, linear = tuple(names), [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     found = [name for name in linear if name.endswith(ends)]
     if lora_layers(network): raise ValueError('network has changes already. Use merge_lora first.')
-    if not found: raise ValueError(f'names={ends}: no linear layer of the network has a name that ends so.')
+    if not found: raise ValueError(f'names={ends}: no linear layer of the network has a name that ends so. Give others.')
     network.requires_grad_(False)
     for name in found: network.set_submodule(name, LoRA(network.get_submodule(name), rank, scale))
     return sum(w.numel() for w in network.parameters() if w.requires_grad)
