@@ -6,7 +6,7 @@ import pytest
 from conftest import CFG, NBS, run
 from fastcore.nbio import read_nb
 
-LESSONS = {'01_text_to_image': '## Steps', '10_loop': '## As functions', '12_tokenizer_by_hand': '## Equal to the library'}   # run as far as this heading
+LESSONS = {'01_text_to_image': '## Seeds', '10_loop': '## As functions', '12_tokenizer_by_hand': '## Equal to the library'}   # run as far as this heading
 ADDRESS = f'git+https://github.com/{CFG.user}/{CFG.repo}'
 CELL = f'''#| hide
 from importlib.metadata import version
@@ -61,7 +61,7 @@ def cells(nb, until):
     "The code of a lesson: all cells as far as a heading, and of the rest those that import."
     run_all = True
     for cell in read_nb(nb).cells:
-        run_all = run_all and not cell.source.startswith(until)
+        run_all = run_all and not any(line.startswith(until) for line in cell.source.splitlines())
         if cell.cell_type == 'code' and not asleep(cell.source) and (run_all or imports(cell.source)): yield cell.source
 
 
