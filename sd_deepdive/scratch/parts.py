@@ -39,13 +39,13 @@ def load_parts(
     dtype: torch.dtype | None = None,          # default: what suits the device
     memory_format: torch.memory_format = torch.contiguous_format, # or torch.channels_last
 ) -> Parts:
-    "A model's parts, each by hand. ValueError for what does not fit; errors of the hub as `explain`."
+    "A model's parts by hand. ValueError for what does not fit; errors of the hub as `explain`."
     device = find_device(device)
     how = dict(device=device, dtype=find_dtype(dtype, device))
     folder = find_folder(name, PARTS, half=how['dtype'].itemsize==2)
     if folder.is_file():
-        raise ValueError(f'name={str(name)!r} is a file; a folder is read here. Make one of it with '
-                         'load_pipeline(name).save_pretrained(folder).')
+        raise ValueError(f'name={str(name)!r} is a file; a folder is read here. Make one of it '
+                         'with load_pipeline(name).save_pretrained(folder).')
     return Parts(
         tokenizer=Tokenizer.from_pretrained(folder/'tokenizer'),
         text_encoder=TextEncoder.from_pretrained(folder/'text_encoder', **how),
