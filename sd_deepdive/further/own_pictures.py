@@ -192,7 +192,7 @@ def fine_tune(
 ) -> list[float]:
     "Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`."
     whole_number('steps', steps, 1)
-    torch.manual_seed(seed)
+    torch.manual_seed(whole_number('seed', seed, 0))
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
     if whole_number('rank', rank, 0): add_lora(parts.unet, rank)
     learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)

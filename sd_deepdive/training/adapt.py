@@ -14,7 +14,7 @@ import torch
 from collections.abc import Callable, Sequence
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import real_number, tensor, whole_file, whole_number
+from ..checks import file_path, real_number, tensor, whole_file, whole_number
 from ..drawings import drawings
 from ..images import on_colour
 from ..latents import pil2latent
@@ -215,6 +215,7 @@ def load_lora(
 ) -> None:
     "Give a network the changes of a file. ValueError if they do not fit."
     shapes = lambda weights: {name: w.shape for name, w in weights.items()}
+    path = file_path('path', path)
     try: saved = load_file(path)
     except (SafetensorError, OSError) as e:
         raise ValueError(f'{path} cannot be read ({e}). Give a file that save_lora wrote.') from None

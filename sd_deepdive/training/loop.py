@@ -20,7 +20,7 @@ from fastcore.basics import patch, store_attr
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
-from ..checks import whole_file
+from ..checks import file_path, whole_file
 from ..images import image_grid
 from ..latents import make_img
 from torch import Tensor, nn
@@ -92,6 +92,7 @@ def read_state(
     path: Path,   # of a file that `save_whole` wrote
 ) -> dict:
     "What the file holds: tensors, numbers, texts, lists. ValueError for anything else; no code in it is run."
+    path = file_path('path', path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # torch remarks on pickles of other kinds, then refuses them
