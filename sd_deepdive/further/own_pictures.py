@@ -74,10 +74,12 @@ def _fault(parts: Parts, example: Example) -> str:
     if not example.file.is_file(): return 'is not there'
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('error', Image.DecompressionBombWarning)    # a small file can hold as many pixels as fill the memory
+            # a small file can hold as many pixels as fill the memory
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
             with Image.open(example.file) as image: size = image.size; image.load()
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError): return 'has more pixels than PIL.Image.MAX_IMAGE_PIXELS'
-    except Exception: return 'cannot be read as a picture'    # the readers of the many formats raise errors of many kinds
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+        return 'has more pixels than PIL.Image.MAX_IMAGE_PIXELS'
+    except Exception: return 'cannot be read as a picture'    # each format's reader has errors of its own
     return f'is small, {size[0]} x {size[1]}' if min(size) < parts.side else ''
 
 # %% ../../nbs/26_your_own_pictures.ipynb #b6c1f0a9
