@@ -73,7 +73,7 @@ class Trainer:
         if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps={steps!r}: give a number of steps, 1 or more.')
         if not 0 < lr < math.inf: raise ValueError(f'lr={lr!r}: give a rate above 0, such as 1e-3.')
         store_attr('model,steps,seed')
-        self.acc, self.folder, self.losses = acc or accelerator(), folder and Path(folder), []
+        self.acc, self.folder, self.losses = acc or accelerator(), folder and file_path('folder', folder), []
         weights = list(model.to(self.acc.device).parameters())
         self.optimizer = torch.optim.AdamW(weights, lr=lr, betas=(.9, .99), weight_decay=weight_decay)
         falling = round(steps*decay)
