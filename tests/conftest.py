@@ -1,5 +1,5 @@
 """What the tests share: nbdev's configuration, the notebooks, the built site and a browser."""
-import faulthandler, functools, http.server, json, os, shutil, subprocess, sys, threading, traceback
+import faulthandler, functools, http.server, json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
 import pytest
@@ -87,6 +87,21 @@ def wheel(tmp_path_factory):
     run(sys.executable, '-m', 'build', '--no-isolation', '--outdir', out, ROOT)
     run(sys.executable, '-m', 'pip', 'install', '-q', '--no-deps', '--no-index', '--target', out/'installed', *out.glob('*.whl'))
     return out/'installed'
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    "No name of another host can be looked up."
+    def refuse(host, *args, **kw): raise OSError(f'a lesson asked for {host}: lessons run with no network')
+    if not os.environ.get('NB_FLAGS'): monkeypatch.setattr(socket, 'getaddrinfo', refuse)
+
+
+def pytest_collection_modifyitems(config, items):
+    "The test of a lesson's exercises runs all its other cells too, asserts included: the lesson is not run twice."
+    run = {i.callspec.id for i in items if i.originalname == 'test_exercises'}
+    twice = [i for i in items if i.originalname == 'test_notebook' and i.callspec.id in run]
+    if twice: config.hook.pytest_deselected(items=twice)
+    items[:] = [i for i in items if i not in twice]
 
 
 def find_chromium():

@@ -21,7 +21,7 @@ def exercises(nb):
 
 @pytest.mark.parametrize('nb', [nb for nb in NBS if list(exercises(nb))], ids=lambda p: p.name)
 @apart
-def test_exercises(nb):
+def test_exercises(nb, offline):
     "Run the lesson, then each exercise as a reader would: unsolved, solved."
     shell = CaptureShell(CFG.nbs_path)
     for cell in read_nb(nb).cells:

@@ -1,5 +1,5 @@
 """One test a notebook, run by nbdev's own runner: `#| eval: false` and the flags in `tst_flags` hold (NB_FLAGS=slow runs flagged cells)."""
-import os, resource, socket
+import os, resource
 
 import pytest
 from conftest import CFG, NBS, apart
@@ -8,13 +8,6 @@ from nbdev.test import test_nb as run_notebook
 run_notebook.__test__ = False
 FLAGS = os.environ.get('NB_FLAGS', '').split()
 TIMEOUT = 1800 if 'slow' in FLAGS else CFG.cell_timeout     # seconds for a cell
-
-
-@pytest.fixture
-def offline(monkeypatch):
-    "No name of another host can be looked up."
-    def refuse(host, *args, **kw): raise OSError(f'a lesson asked for {host}: lessons run with no network')
-    if not FLAGS: monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
 @pytest.fixture
