@@ -183,4 +183,4 @@ def browser(site, tmp_path_factory):
     b = Browser(binary, tmp_path_factory.mktemp('profile'), f'http://127.0.0.1:{server.server_port}/')
     yield b
     b.driver.quit()
-    server.shutdown()
+    server.shutdown(), server.server_close()
