@@ -159,13 +159,14 @@ def noise_loss(
 def losses_at(
     unet: nn.Module,          # predicts noise
     latents: Tensor,          # (N, 4, h, w), scaled
-    text: Tensor,             # (N, 77, D): states of their captions
+    text: Tensor,             # (N, 77, D): states of their captions, or ids (N, 77)
     alphas_cumprod: Tensor,   # the scheduler's
     times: Sequence[int],     # of the noise schedule
     seed: int = 1,            # of the noise, the same at each time
 ) -> list[float]:
     "The plain loss at each time, on the same pictures with the same noise. TypeError or ValueError for other shapes."
-    tensor('latents', latents, 'N 4 h w'); tensor('text', text, f'{len(latents)} tokens D'); tensor('alphas_cumprod', alphas_cumprod, 'times')
+    tensor('latents', latents, 'N 4 h w'); tensor('alphas_cumprod', alphas_cumprod, 'times')
+    tensor('text', text, f'{len(latents)} tokens' + ' D'*(getattr(text, 'ndim', 3)!=2))
     device = next(unet.parameters()).device
     z, text = latents.float().to(device), text.float().to(device)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
