@@ -17,7 +17,7 @@ from PIL import Image, ImageChops, ImageColor, ImageOps, ImageStat
 from matplotlib.figure import Figure
 from .checks import real_number, whole_number
 
-# %% ../nbs/00_images.ipynb #09a65ae4
+# %% ../nbs/00_images.ipynb #87047f22
 def _loaded(image: Image.Image, name: str = 'image') -> Image.Image:
     "The picture, read from its file. TypeError for no picture, ValueError if it cannot be read, or may fill the memory."
     if not isinstance(image, Image.Image):
@@ -32,6 +32,16 @@ def _loaded(image: Image.Image, name: str = 'image') -> Image.Image:
         raise ValueError(f'{name} cannot be read ({e}). Get the file again.') from None
     return image
 
+# %% ../nbs/00_images.ipynb #df49dca8
+def _spread(image: Image.Image) -> Image.Image:
+    "A picture of mode I or F as RGB, its values spread from black to white. ValueError if one is not finite."
+    image = image.convert('F'); low, high = image.getextrema()
+    if not isfinite(low + high): raise ValueError('image has values that are not finite. Give one without nan.')
+    if low==high: return Image.new('RGB', image.size, 'gray')
+    gain = 255/(high - low)
+    return image.point(lambda v: v*gain - low*gain).convert('RGB')
+
+# %% ../nbs/00_images.ipynb #09a65ae4
 def on_colour(
     image: Image.Image,        # any mode
     colour: str = 'white',     # what shows through
@@ -41,12 +51,7 @@ def on_colour(
     image = _loaded(image)
     if image.mode=='RGB': return image
     if image.mode.startswith('I;16'): return image.convert('F').point(lambda v: v*(1/257) + 0).convert('RGB')
-    if image.mode in 'IF':      # no fixed range: what is there is spread over 0 to 255
-        image = image.convert('F'); low, high = image.getextrema()
-        if not isfinite(low + high): raise ValueError('image has values that are not finite. Give one without nan.')
-        if low==high: return Image.new('RGB', image.size, 'gray')
-        gain = 255/(high - low)
-        return image.point(lambda v: v*gain - low*gain).convert('RGB')
+    if image.mode in 'IF': return _spread(image)
     if not image.has_transparency_data: return image.convert('RGB')
     image = image.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', image.size, colour), image).convert('RGB')

@@ -66,6 +66,32 @@ WEIGHTED = ['text_encoder', 'unet', 'vae', 'safety_checker']     # the parts tha
 PICKLES = ['.ckpt', '.pt', '.pth', '.bin', '.pkl']
 PICKLED = 'A pickle can run any code when it is opened, so it is left shut: take the model as .safetensors.'
 
+# %% ../nbs/00_places.ipynb #67701a00
+def _damaged(file: Path, folder: Path, why: object) -> ValueError:
+    "What to raise for a file of a folder that cannot be read."
+    return ValueError(f'{file.relative_to(folder)} in {folder} is cut short or damaged ({why}). Copy the folder again.')
+
+def _check_files(folder: Path):
+    "ValueError for a .json or .safetensors file, wherever it lies in the folder, that cannot be read."
+    for file in sorted(folder.rglob('*.json')):
+        try: json.loads(file.read_text(encoding='utf-8'))
+        except ValueError as e: raise _damaged(file, folder, e) from None
+    for file in sorted(folder.rglob('*.safetensors')):
+        try:
+            with safe_open(file, 'pt'): pass
+        except (SafetensorError, OSError) as e: raise _damaged(file, folder, e) from None
+
+# %% ../nbs/00_places.ipynb #21b6c8f7
+def _check_parts(folder: Path, parts: Sequence[str]):
+    "ValueError if a part has no folder, or none of the weights that it needs."
+    if missing := [part for part in parts if not (folder/part).is_dir()]:
+        raise ValueError(f'{folder} lacks {", ".join(missing)}. Copy the folder again.')
+    for part in [part for part in WEIGHTED if part in parts]:
+        files = [file.suffix for file in (folder/part).iterdir()]
+        if '.safetensors' not in files:
+            remedy = PICKLED if set(PICKLES) & set(files) else 'Copy the folder again.'
+            raise ValueError(f'{folder} has no weights of {part} as .safetensors. {remedy}')
+
 # %% ../nbs/00_places.ipynb #d1387c3d
 def check_folder(
     folder: Path, # where `save_pretrained` wrote a pipeline
@@ -75,28 +101,13 @@ def check_folder(
     listing = folder/'model_index.json'
     if not listing.is_file():
         raise ValueError(f'{folder} holds no pipeline: {listing.name} is missing. Give a folder from save_pretrained.')
-    for file in sorted(folder.rglob('*.json')):
-        try: json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as e:
-            raise ValueError(f'{file.relative_to(folder)} in {folder} is cut short or damaged ({e}). '
-                             'Copy the folder again.') from None
-    listed = json.loads(listing.read_text())
+    _check_files(folder)
+    listed = json.loads(listing.read_text(encoding='utf-8'))
     kind = listed.get('_class_name') if isinstance(listed, dict) else None
     if kind!='StableDiffusionPipeline':
         raise ValueError(f'{listing} says {kind!r}: it does not describe a StableDiffusionPipeline. The course needs one.')
     if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
-    if missing := [k for k in parts if not (folder/k).is_dir()]:
-        raise ValueError(f'{folder} lacks {", ".join(missing)}. Copy the folder again.')
-    for part in WEIGHTED:
-        if part in parts and not any((folder/part).glob('*.safetensors')):
-            pickled = any(file.suffix in PICKLES for file in (folder/part).iterdir())
-            raise ValueError(f'{folder} has no weights of {part} as .safetensors. ' + (PICKLED if pickled else 'Copy the folder again.'))
-    for file in sorted(folder.rglob('*.safetensors')):
-        try:
-            with safe_open(file, 'pt'): pass
-        except (SafetensorError, OSError) as e:
-            raise ValueError(f'{file.relative_to(folder)} in {folder} is cut short or damaged ({e}). '
-                             'Copy the folder again.') from None
+    _check_parts(folder, parts)
     return folder
 
 # %% ../nbs/00_places.ipynb #6b0d4e3a

@@ -195,6 +195,23 @@ def _todo(folder: Path, wishes: Sequence[Wish], settings: dict, acc: Accelerator
     mine = mine[acc.process_index::acc.num_processes]
     return [(wish, file, about) for wish, file, about in mine if not is_drawn(file, about)], len(mine)
 
+# %% ../../nbs/00_many_pictures.ipynb #bdf201f6
+def _draw(parts: Parts, batch: list[tuple], **how) -> None:
+    "Draw wishes, and write each picture into its file."
+    wishes, files, abouts = zip(*batch)
+    pixels = make_samples(parts, [w.prompt for w in wishes], [w.negative_prompt for w in wishes],
+                          seed=[w.seed for w in wishes], batch_size=len(batch), **how)
+    for file, p, about in zip(files, pixels, abouts): write_picture(file, make_img(p), about)
+
+# %% ../../nbs/00_many_pictures.ipynb #08995313
+def _begin(folder: Path, settings: dict, acc: Accelerator) -> None:
+    "The folder made ready by the first process. ValueError on each process if it cannot be used."
+    problem = None
+    with acc.main_process_first():
+        try: _claim(folder, settings)
+        except ValueError as e: problem = e
+    if problem: raise problem     # behind the gate, so that none waits for another
+
 # %% ../../nbs/00_many_pictures.ipynb #64b0b95c
 def draw_many(
     parts: Parts,                     # a pipeline will do too
@@ -213,22 +230,14 @@ def draw_many(
     parts, acc, folder = take_apart(parts), acc or accelerator(), Path(folder)
     if wrong := [w for w in wishes if not isinstance(w, Wish)]:
         raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')
-    settings, problem = _settings(parts, model, g, steps, height, width), None
+    settings = _settings(parts, model, g, steps, height, width)
     whole_number('batch_size', batch_size, 1)
-    with acc.main_process_first():
-        try: _claim(folder, settings)
-        except ValueError as e: problem = e
-    if problem: raise problem     # on each process, and none waits for another
+    _begin(folder, settings, acc)
     todo, share = _todo(folder, wishes, settings, acc)
-    bar = tqdm(total=share, initial=share - len(todo), desc=f'process 1 of {acc.num_processes}',
-               unit='picture', delay=20, disable=not acc.is_main_process)
-    with bar:
+    with tqdm(total=share, initial=share - len(todo), desc=f'process 1 of {acc.num_processes}',
+              unit='picture', delay=20, disable=not acc.is_main_process) as bar:
         for batch in chunked(todo, batch_size):
-            some, files, abouts = zip(*batch)
-            pixels = make_samples(parts, [w.prompt for w in some], [w.negative_prompt for w in some], g=g,
-                                  seed=[w.seed for w in some], steps=steps, height=height, width=width,
-                                  batch_size=batch_size)
-            for file, p, about in zip(files, pixels, abouts): write_picture(file, make_img(p), about)
+            _draw(parts, batch, g=g, steps=steps, height=height, width=width)
             bar.update(len(batch))
     return [file for _, file, _ in todo]
 

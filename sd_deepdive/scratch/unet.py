@@ -224,39 +224,44 @@ def up(self: UNet) -> list[list[nn.Module]]:
         rows[-1] += getattr(level, 'upsamplers', [])
     return rows
 
+# %% ../../nbs/15_unet_by_hand.ipynb #91d7d524
+@patch
+def embed_time(
+    self: UNet,
+    timestep: Tensor | float,   # one for all, or one for each picture (B,); whole or not
+    sample: Tensor,             # (B, 4, h, w), the latents
+) -> Tensor:
+    "The time as the residual blocks read it: (B, T). ValueError for times that do not fit."
+    t = torch.as_tensor(timestep, device=sample.device)
+    if t.shape not in ((), (1,), sample.shape[:1]):
+        raise ValueError(f'timestep of shape {tuple(t.shape)} does not fit. '
+                         f'Give one time, or {len(sample)}, one for each picture.')
+    waves = time_waves(t.expand(len(sample)), self.config.block_out_channels[0])
+    return F.silu(self.time_embedding(waves.to(sample.dtype)))
+
 # %% ../../nbs/15_unet_by_hand.ipynb #c7e2b913
 @patch
 def forward(
     self: UNet,
     sample: Tensor,             # (B, 4, h, w), noisy latents of any size
-    timestep: Tensor | float,   # one for all, or one for each picture (B,); whole or not
+    timestep: Tensor | float,   # as `embed_time` takes it
     encoder_hidden_states: Tensor | KeysValues,  # (B, M, D), the text, or from `read`
     **options: object,          # what else the library's pipeline says: nothing
 ) -> Sample:
-    """The noise in latents, as `.sample` of the same shape. ValueError for latents or times that do
-    not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""
+    """The noise in latents, as `.sample` of the same shape. ValueError for latents, text or times
+    that do not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""
     refuse(options)
-    channels, text = self.config.in_channels, encoder_hidden_states
-    tensor('sample', sample)
+    text, config = encoder_hidden_states, self.config
+    tensor('sample', sample, f'B {config.in_channels} h w')
     if not isinstance(text, KeysValues):
-        width = self.config.cross_attention_dim
-        tensor('encoder_hidden_states', text, f'B tokens {width}')
-    if sample.ndim!=4 or sample.shape[1]!=channels:
-        raise ValueError(f'sample of shape {tuple(sample.shape)} does not fit. '
-                         f'Give latents (B, {channels}, h, w).')
-    t = torch.as_tensor(timestep, device=sample.device)
-    if t.shape not in ((), (1,), sample.shape[:1]):
-        raise ValueError(f'timestep of shape {tuple(t.shape)} does not fit. '
-                         f'Give one time, or {len(sample)}, one for each picture.')
-    waves = time_waves(t.expand(len(sample)), self.config.block_out_channels[0]).to(sample.dtype)
-    time = F.silu(self.time_embedding(waves))
-    kept = [self.conv_in(sample)]
+        tensor('encoder_hidden_states', text, f'B tokens {config.cross_attention_dim}')
+    time, kept = self.embed_time(timestep, sample), [self.conv_in(sample)]
     for row in self.down():
         kept.append(run(row, kept[-1], time, text))
     x = run(self.middle(), kept[-1], time, text)
     for row in self.up():
-        x = run(row, torch.cat([x, kept.pop()], 1), time, text,
-                kept[-1].shape[2:] if kept else None)
+        size = kept[-2].shape[2:] if len(kept)>1 else None
+        x = run(row, torch.cat([x, kept.pop()], 1), time, text, size)
     return Sample(self.conv_out(F.silu(self.conv_norm_out(x))))
 
 # %% ../../nbs/15_unet_by_hand.ipynb #328d29a6
