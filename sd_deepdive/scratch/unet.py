@@ -235,7 +235,7 @@ def embed_time(
     t = torch.as_tensor(timestep, device=sample.device)
     if t.shape not in ((), (1,), sample.shape[:1]):
         raise ValueError(f'timestep of shape {tuple(t.shape)} does not fit. '
-                         f'Give one time, or {len(sample)}, one for each picture.')
+                         f'Give one time, or a tensor ({len(sample)},), one for each picture.')
     waves = time_waves(t.expand(len(sample)), self.config.block_out_channels[0])
     return F.silu(self.time_embedding(waves.to(sample.dtype)))
 
