@@ -459,9 +459,10 @@ def with_sampler(
     if not isinstance(name, str) or name not in SAMPLERS:
         raise ValueError(f'name={name!r} is not a sampler. Take one of {", ".join(SAMPLERS)}.')
     kind = SAMPLERS[name]
-    can = {**FIELDS['SchedulerMixin'], **kind.defaults, **kind.written}
-    if unknown := sorted(options.keys() - can - ({'seeds'} if 'eta' in kind.defaults else set())):
-        raise ValueError(f'{unknown[0]} is no option of {name}. Take one of {", ".join(can)}.')
+    usual = {**FIELDS['SchedulerMixin'], **kind.defaults}
+    chance = {'seeds'} if 'eta' in kind.defaults else set()
+    if unknown := sorted(options.keys() - usual - kind.written.keys() - chance):
+        raise ValueError(f'{unknown[0]} is no option of {name}. Take one of {", ".join(usual)}.')
     ends = {'set_alpha_to_one': False} if name in ('DDIM', 'PNDM') else {}
     made = kind(**trained(parts.scheduler) | ends | dict(steps_offset=1) | options)
     return replace(parts, scheduler=made)
