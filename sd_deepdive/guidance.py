@@ -45,7 +45,7 @@ def watch_unet(
     """While open, collect what the UNet predicts: one tensor for each call, (rows, channels, height, width).
     TypeError if there is no `unet`."""
     if not isinstance(getattr(pipe, 'unet', None), torch.nn.Module):
-        raise TypeError(f'pipe is a {type(pipe).__name__} without a unet. Give a pipeline: load_pipeline().')
+        raise TypeError(f'pipe is of type {type(pipe).__name__} without a unet. Give a pipeline: load_pipeline().')
     predictions = []
     note = lambda unet, inputs, outputs: predictions.append(outputs[0].detach())
     hook = pipe.unet.register_forward_hook(note)

@@ -111,7 +111,7 @@ def explain(
     if type(error) is OSError: return _damaged(name)      # of the size that was announced
     here = f'name="{EMBEDDED}" needs no network.'
     if constants.HF_HUB_OFFLINE:
-        return ConnectionError(f'{said}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold it. Unset it; {here}')
+        return ConnectionError(f'{said}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold this model. Unset the variable; {here}')
     return ConnectionError(f'{said} ({type(chain[-1]).__name__}). Check the name and the network, and call again: '
                            f'what came whole is kept. {here}')
 

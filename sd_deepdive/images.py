@@ -65,7 +65,7 @@ def _checked(images: Sequence[Image.Image], name: str = 'images') -> list[Image.
     if not images: raise ValueError(f'{name} is an empty list: give at least one picture.')
     for i, im in enumerate(images):
         if not isinstance(im, Image.Image):
-            raise TypeError(f'{name}[{i}] is a {type(im).__name__}, not a PIL picture: '
+            raise TypeError(f'{name}[{i}] is of type {type(im).__name__}, not a PIL picture: '
                             'take pipe(...).images, or convert it with PIL.Image.fromarray.')
     return images
 
@@ -112,7 +112,7 @@ def show_images(
     "A figure of pictures with titles above them, each pixel a square of `scale` pixels. ValueError as `image_grid`."
     images = _checked(images); rows, cols = _shape(len(images), rows, cols)
     if titles is not None and (isinstance(titles, str) or not isinstance(titles, Sequence)):
-        raise TypeError(f'titles is a {type(titles).__name__}. Give a list, a title for each picture.')
+        raise TypeError(f'titles is of type {type(titles).__name__}. Give a list, a title for each picture.')
     if titles is not None and len(titles)!=len(images):
         raise ValueError(f'titles has {len(titles)} entries for {len(images)} pictures: give one for each.')
     whole_number('scale', scale, 1)

@@ -62,7 +62,7 @@ def skipped_steps(
 def _start(image: Image.Image, side: int) -> Image.Image:
     "The picture to start from, made to fit. TypeError for no picture, ValueError if it cannot be read."
     if not isinstance(image, Image.Image):
-        raise TypeError(f'init_image is a {type(image).__name__}, not a PIL picture. '
+        raise TypeError(f'init_image is of type {type(image).__name__}, not a PIL picture. '
                         'Open a file with PIL.Image.open, convert an array with PIL.Image.fromarray.')
     return fit_picture(_loaded(image, 'init_image'), side, side)
 
@@ -94,13 +94,13 @@ def image_to_image(
 # %% ../nbs/03_image_to_image.ipynb #48db03b6
 def _place(url: str, folder: str | Path | None) -> Path:
     "The file for what lies at an address; its folder is made. TypeError or ValueError for what cannot be."
-    if not isinstance(url, str): raise TypeError(f'url is a {type(url).__name__}, not text. Give an address.')
+    if not isinstance(url, str): raise TypeError(f'url is of type {type(url).__name__}, not text. Give an address.')
     try: (address := urlsplit(url)).port     # asking for the port checks it
     except ValueError: address = None
     if not address or address.scheme not in ('http', 'https', 'file') or not url.isprintable():
         raise ValueError(f'url={url[:100]!r} is not an address. Give one that begins with https://')
     if not isinstance(folder, str | Path | None):
-        raise TypeError(f'folder is a {type(folder).__name__}. Give a path, as text or as a Path.')
+        raise TypeError(f'folder is of type {type(folder).__name__}. Give a path, as text or as a Path.')
     try:
         folder = FastDownload().arch_path() if folder is None else Path(folder)
         folder.mkdir(parents=True, exist_ok=True)

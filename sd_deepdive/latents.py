@@ -39,7 +39,7 @@ def make_img(
 ) -> Image.Image:
     "One picture from what the decoder gives. ValueError for another shape, or numbers that are none (nan)."
     if not isinstance(pixels, Tensor):
-        raise TypeError(f'pixels is a {type(pixels).__name__}, not a tensor. Give one picture of decode.')
+        raise TypeError(f'pixels is of type {type(pixels).__name__}, not a tensor. Give one picture of decode.')
     if pixels.ndim!=3 or len(pixels)!=3 or not pixels.numel():
         raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give one picture, (3, height, width).')
     _finite_numbers('pixels', pixels)
@@ -53,12 +53,12 @@ def _one_size(images, factor: int) -> list[Tensor]:
     "The pixels of one or several pictures of one size. TypeError or ValueError for what cannot be encoded."
     if isinstance(images, Image.Image): images = [images]
     if not isinstance(images, Iterable) or isinstance(images, str | bytes):
-        raise TypeError(f'images is a {type(images).__name__}. Give a PIL picture, or a list of them.')
+        raise TypeError(f'images is of type {type(images).__name__}. Give a PIL picture, or a list of them.')
     images = list(images)
     if not images: raise ValueError('images is empty: give at least one picture.')
     for i, im in enumerate(images):
         if not isinstance(im, Image.Image):
-            raise TypeError(f'images[{i}] is a {type(im).__name__}. Open a file with PIL.Image.open.')
+            raise TypeError(f'images[{i}] is of type {type(im).__name__}. Open a file with PIL.Image.open.')
     if len(sizes := {im.size for im in images})>1:
         raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
     for name, value in zip(('width', 'height'), images[0].size): side(name, value, factor)
@@ -92,7 +92,7 @@ def decode(
     "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for what are no latents; MemoryError for too many."
     parts = take_apart(parts)
     if not isinstance(latents, Tensor):
-        raise TypeError(f'latents is a {type(latents).__name__}, not a tensor. Give what pil2latent returns.')
+        raise TypeError(f'latents is of type {type(latents).__name__}, not a tensor. Give what pil2latent returns.')
     channels, shape = parts.vae.config.latent_channels, tuple(latents.shape)
     if latents.ndim!=4 or latents.shape[1]!=channels or not latents.numel():
         raise ValueError(f'latents has shape {shape}. Give (pictures, {channels}, height, width).')
@@ -116,7 +116,7 @@ def psnr(
     "Peak signal-to-noise ratio of two pictures in dB: higher is nearer, inf equal. ValueError for two sizes."
     for name, im in dict(a=a, b=b).items():
         if not isinstance(im, Image.Image):
-            raise TypeError(f'{name} is a {type(im).__name__}, not a PIL picture. Give two pictures.')
+            raise TypeError(f'{name} is of type {type(im).__name__}, not a PIL picture. Give two pictures.')
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     a, b = (np.asarray(on_colour(im), dtype=float) for im in (a, b))
     error = ((a - b)**2).mean()

@@ -45,7 +45,7 @@ def mixture(
     TypeError or ValueError for what are no latents."""
     given = dict(latents=latents, x0=x0, noise=noise)
     for name, x in given.items():
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
     for name, x in given.items():
         if x.shape!=latents.shape or not x.is_floating_point() or not x.isfinite().all():
             raise ValueError(f'{name} should be finite latents, of one shape with the others: {tuple(latents.shape)}.')

@@ -89,7 +89,7 @@ def latents_callback(
 ) -> Callable:
     "A function for `callback_on_step_end` of a pipeline, which decodes the latents and keeps the pictures."
     whole_number('every', every, 1)
-    if not isinstance(frames, list): raise TypeError(f'frames is a {type(frames).__name__}. Give an empty list.')
+    if not isinstance(frames, list): raise TypeError(f'frames is of type {type(frames).__name__}. Give an empty list.')
     def callback(pipe, i, t, kwargs):
         if i%every==0:
             pixels = pipe.vae.decode(kwargs['latents']/pipe.vae.config.scaling_factor).sample

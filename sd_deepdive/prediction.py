@@ -16,7 +16,7 @@ from .schedule import weights_at
 def _same_shape(**tensors: Tensor):
     "ValueError if two tensors, given by name, differ in shape."
     for name, x in tensors.items():
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
     (a, x), (b, y) = tensors.items()
     if x.shape!=y.shape:
         raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give two of one shape.')

@@ -47,7 +47,7 @@ def _fitting(parts: Parts, pictures: int | str = 'pictures', **tensors: Tensor):
     for name, x in tensors.items():
         wanted = (pictures, parts.channels, 'height', 'width')
         if name in ('text', 'uncond'): wanted = (pictures, 'tokens', parts.unet.config.cross_attention_dim)
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
         if x.ndim!=len(wanted) or any(w!=n for w, n in zip(wanted, x.shape) if not isinstance(w, str)):
             raise ValueError(f'{name} has shape {tuple(x.shape)}. Give ({", ".join(map(str, wanted))}).')
         if (x.device.type, x.dtype)!=(parts.device.type, parts.dtype):

@@ -42,7 +42,7 @@ def add_noise(
     """x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise.
     ValueError for two shapes, or for no share. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     for name, x in dict(x0=x0, noise=noise).items():
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is a {type(x).__name__}. Give a tensor.')
+        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
     if x0.shape!=noise.shape:
         shapes = f'noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}'
         raise ValueError(f'{shapes}: give noise for each number of the picture.')
@@ -57,7 +57,7 @@ def sigma_at(
     """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64.
     TypeError for no scheduler, ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
     if not isinstance(alpha_bar := getattr(scheduler, 'alphas_cumprod', None), Tensor):
-        raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give parts.scheduler, say.')
+        raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
     sigmas = ((1 - alpha_bar)/alpha_bar).sqrt().cpu().double().numpy()
     try: t = torch.as_tensor(t).detach().cpu().double().numpy()
     except (TypeError, ValueError, RuntimeError):
@@ -79,7 +79,7 @@ def alpha_bar_at(
 def _config(scheduler):
     "The config of a scheduler. TypeError if it is none."
     if hasattr(scheduler, 'config') and hasattr(scheduler, 'set_timesteps'): return scheduler.config
-    raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give parts.scheduler, say.')
+    raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
 
 # %% ../nbs/08_noise_schedule.ipynb #61984c57
 def trained(
@@ -118,7 +118,7 @@ def begin(
 ) -> tuple:
     "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that are none."
     if not hasattr(type(scheduler), 'from_config'):
-        raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give parts.scheduler, say.')
+        raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
     whole_number('num_inference_steps', num_inference_steps, 1, scheduler.config.num_train_timesteps)
     whole_number('start_step', start_step, 0, num_inference_steps - 1)
     if type(scheduler).__module__.startswith('diffusers.'): from sd_deepdive.schedulers import fresh

@@ -39,7 +39,7 @@ def fresh(
 ) -> SchedulerMixin:
     "A new scheduler of the same kind and settings, mended where the course mends it."
     if not isinstance(scheduler, SchedulerMixin):
-        raise TypeError(f'scheduler is a {type(scheduler).__name__}. Give one of the library, such as parts.scheduler.')
+        raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give one of the library, such as parts.scheduler.')
     mended = {LMSDiscreteScheduler: LMSScheduler, PNDMScheduler: PLMSScheduler}
     kind = mended.get(type(scheduler), type(scheduler))
     return kind.from_config(scheduler.config)

@@ -25,7 +25,7 @@ def cut_off(
     if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
     texts('prompt', prompt)
     if not hasattr(tokenizer, 'model_max_length'):
-        raise TypeError(f'tokenizer is a {type(tokenizer).__name__}. Give parts.tokenizer, say.')
+        raise TypeError(f'tokenizer is of type {type(tokenizer).__name__}. Give parts.tokenizer, say.')
     most = tokenizer.model_max_length
     max_length = most if max_length is None else whole_number('max_length', max_length, 2, most)
     places = tokenizer(prompt, return_offsets_mapping=True, verbose=False).offset_mapping

@@ -65,7 +65,7 @@ def _one_vector(at: str, token, v) -> None:
 def _checked(words, where: str) -> dict[str, Tensor]:
     "The words as a dict, if each is a token with one finite vector; else an error names the place."
     if not isinstance(words, Mapping):
-        raise TypeError(f'{where} is a {type(words).__name__}. Give a dict {{token: vector}}.')
+        raise TypeError(f'{where} is of type {type(words).__name__}. Give a dict {{token: vector}}.')
     if not words: raise ValueError(f'{where} holds no word. Give at least one token with its vector.')
     for token, v in words.items(): _one_vector(f'{where}: {reprlib.repr(token)}', token, v)
     return {token: v.detach().cpu() for token, v in words.items()}

@@ -2,6 +2,11 @@
 import faulthandler, functools, http.server, json, os, shutil, socket, subprocess, sys, threading, traceback
 from pathlib import Path
 
+# Before torch is imported, for the processes that `apart` forks: one hangs that wants several threads where its parent has used several,
+# and one cannot use a GPU that its parent has asked about. So there is one thread and no GPU, unless these variables say otherwise.
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+os.environ.setdefault('CUDA_VISIBLE_DEVICES', '')
+
 import pytest
 import torch
 from filelock import FileLock
@@ -55,22 +60,40 @@ def other(tmp_path_factory):
 def apart(test):
     "The test in a process forked from this one, so that what a notebook leaves in memory goes with it."
     @functools.wraps(test)
-    def run(*args, **kw):
+    def forked(*args, **kw):
         import sd_deepdive.models  # noqa: F401  with the heavy libraries, so that no child has to load them
         end, start = os.pipe()
         if not (pid := os.fork()):
-            said = ''
-            faulthandler.dump_traceback_later(3600, exit=True)     # whatever holds it up, the tests go on
-            try: test(*args, **kw)
-            except BaseException: said = traceback.format_exc()[-9000:]
-            os.write(start, said.encode())
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(1 if said else 0)
+            said = 'it has not ended'
+            try:
+                faulthandler.dump_traceback_later(7200 if os.environ.get('NB_FLAGS') else 1200, exit=True)     # whatever holds it up, the tests go on
+                try:
+                    test(*args, **kw)
+                    said = ''
+                except BaseException: said = traceback.format_exc()[-9000:]
+                os.write(start, said.encode(errors='replace'))
+                sys.stdout.flush(), sys.stderr.flush()
+            finally: os._exit(1 if said else 0)
         os.close(start)
         with os.fdopen(end) as f: said = f.read()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         assert status == 0, said or f'the process of the notebook ended with {status}'
-    return run
+    return forked
+
+
+class Evil:
+    "Leaves a trace when it is unpickled."
+    def __init__(self, trace): self.trace = trace
+    def __reduce__(self): return Path.touch, (self.trace,)
+
+
+def launch(n):
+    "The command that begins n processes on this machine, at a port that nobody listens at."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = str(s.getsockname()[1])
+    return [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', str(n), '--num_machines', '1', '--mixed_precision', 'no',
+            '--dynamo_backend', 'no', '--main_process_port', port]
 
 
 def run(*args, **kw):
@@ -78,6 +101,11 @@ def run(*args, **kw):
     res = subprocess.run(args, capture_output=True, text=True, timeout=600, **kw)
     assert res.returncode == 0, (res.stdout + res.stderr)[-3000:]
     return res.stdout.strip()
+
+
+def python(code, *args, cwd=ROOT, **env):
+    "What a fresh interpreter prints when it runs `code`; a warning is an error."
+    return run(sys.executable, '-W', 'error', '-c', code, *map(str, args), cwd=cwd, env=os.environ | env)
 
 
 @pytest.fixture(scope='session')
@@ -96,10 +124,11 @@ def offline(monkeypatch):
     if not os.environ.get('NB_FLAGS'): monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
+@pytest.hookimpl(trylast=True)     # after what -k, -m and --deselect leave out
 def pytest_collection_modifyitems(config, items):
     "The test of a lesson's exercises runs all its other cells too, asserts included: the lesson is not run twice."
-    run = {i.callspec.id for i in items if i.originalname == 'test_exercises'}
-    twice = [i for i in items if i.originalname == 'test_notebook' and i.callspec.id in run]
+    ids = {i.callspec.id for i in items if i.originalname == 'test_exercises'}
+    twice = [i for i in items if i.originalname == 'test_notebook' and i.callspec.id in ids]
     if twice: config.hook.pytest_deselected(items=twice)
     items[:] = [i for i in items if i not in twice]
 

@@ -123,7 +123,7 @@ def draw_cells(
     Absorption by Beer and Lambert; stains of Ruifrok and Johnston 2001. TypeError or ValueError for what cannot be
     drawn."""
     for name, value, kind in (('cells', cells, Cells), ('patient', patient, Patient)):
-        if not isinstance(value, kind): raise TypeError(f'{name} is a {type(value).__name__}. Give {kind.__name__}.')
+        if not isinstance(value, kind): raise TypeError(f'{name} is of type {type(value).__name__}. Give {kind.__name__}.')
     whole_number('count', cells.count, 1, 4); cells_of(cells.caption); whole_number('seed', seed, 0)
     if real_number('photons', photons)<=0: raise ValueError(f'photons={photons}. Give a number above 0.')
     rng, radius = np.random.default_rng([26, seed]), RADIUS*patient.size

@@ -81,7 +81,7 @@ def watch_attention(
     if to not in ('words', 'pixels'):
         raise ValueError(f"to={to!r} is nothing to look at. Give 'words' or 'pixels'.")
     if not isinstance(unet := getattr(parts, 'unet', None), UNet):
-        raise TypeError(f'parts.unet is a {type(unet).__name__}. Give unet_by_hand(parts).')
+        raise TypeError(f'parts.unet is of type {type(unet).__name__}. Give unet_by_hand(parts).')
     blocks, looks, now = _blocks(unet, layers), [], dict(call=-1)
     with ExitStack() as hooks:     # each hook is removed at the end, also after an error
         keep = lambda hook: hooks.enter_context(hook)
@@ -207,7 +207,7 @@ def slerp(
     """From one noise to the other along the sphere, each picture by itself: the same shape. Parallel ones are
     mixed straight. ValueError for two shapes, or no share. Shoemake 1985, Animating rotation with quaternion curves."""
     for name, v in dict(a=a, b=b).items():
-        if not isinstance(v, Tensor): raise TypeError(f'{name} is a {type(v).__name__}. Give a tensor.')
+        if not isinstance(v, Tensor): raise TypeError(f'{name} is of type {type(v).__name__}. Give a tensor.')
     if a.shape!=b.shape:
         raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}. Give two of one shape.')
     if not 0 <= (s := real_number('share', share)) <= 1:

@@ -40,7 +40,7 @@ def in_turn(
     """Seconds of each arm, round by round, after a call of each to warm up. ValueError for no arms or
     less than two rounds, TypeError for what is neither."""
     whole_number('rounds', rounds, 2)
-    if not isinstance(arms, Mapping): raise TypeError(f'arms is a {type(arms).__name__}. Give functions by name.')
+    if not isinstance(arms, Mapping): raise TypeError(f'arms is of type {type(arms).__name__}. Give functions by name.')
     if not arms: raise ValueError('arms is empty: give at least one function, by its name.')
     for call in arms.values(): call()
     took = {name: [] for name in arms}

@@ -1,4 +1,4 @@
-"""A loss as guidance, inpainting, weights for words, and other ways to guide: each a hook of the one loop
+"""A loss as guidance, inpainting, weights for words, and other ways to guide: each at one place of the one loop
 
 Docs: https://sd-deepdive.github.io/sd_deepdive/steer_it.html.md"""
 
@@ -116,7 +116,7 @@ def steer(
 # %% ../../nbs/24_steer_it.ipynb #7a6a69dc
 def _mask(mask: Tensor) -> Tensor:
     "The mask. TypeError or ValueError for what is none."
-    if not isinstance(mask, Tensor): raise TypeError(f'mask is a {type(mask).__name__}. Give a tensor (height, width).')
+    if not isinstance(mask, Tensor): raise TypeError(f'mask is of type {type(mask).__name__}. Give a tensor (height, width).')
     if mask.ndim!=2 or not (mask > 0).any():
         raise ValueError(f'mask has shape {tuple(mask.shape)}. Give (height, width), not zero everywhere.')
     return mask
@@ -137,7 +137,7 @@ def colour_loss(
     colour, or no mask."""
     three = isinstance(colour, Sequence) and not isinstance(colour, str) and len(colour)==3
     if not three or not all(0 <= real_number('colour', v) <= 1 for v in colour):
-        raise ValueError(f'colour={colour!r} is none. Give red, green and blue, each from 0 to 1.')
+        raise ValueError(f'colour={colour!r} is no colour. Give red, green and blue, each from 0 to 1.')
     if mask is not None: _mask(mask)
     def loss(pixels):
         weight = pixels.new_ones(pixels.shape[2:]) if mask is None else _masked(pixels, mask)
@@ -183,7 +183,7 @@ def mask2latent(
     """The mask for latents (1, 1, h, w), 0 or 1: 1 where any pixel is to be drawn. TypeError for what is no picture,
     ValueError for a size that does not go into latents."""
     parts = take_apart(parts)
-    if not isinstance(mask, Image.Image): raise TypeError(f'mask is a {type(mask).__name__}. Give a PIL picture.')
+    if not isinstance(mask, Image.Image): raise TypeError(f'mask is of type {type(mask).__name__}. Give a PIL picture.')
     for name, value in zip(('width', 'height'), mask.size): fitting_side(name, value, parts.factor)
     white = torch.from_numpy(np.array(on_colour(mask).convert('L'))) > 127
     small = F.max_pool2d(white[None, None].float(), parts.factor)
@@ -192,8 +192,8 @@ def mask2latent(
 # %% ../../nbs/24_steer_it.ipynb #265e9deb
 def _fits(image, mask, seeds) -> list[int]:
     "The seeds as a list. TypeError or ValueError if picture and mask do not belong together."
-    if not isinstance(image, Image.Image): raise TypeError(f'image is a {type(image).__name__}. Give a PIL picture.')
-    if not isinstance(mask, Image.Image): raise TypeError(f'mask is a {type(mask).__name__}. Give a PIL picture.')
+    if not isinstance(image, Image.Image): raise TypeError(f'image is of type {type(image).__name__}. Give a PIL picture.')
+    if not isinstance(mask, Image.Image): raise TypeError(f'mask is of type {type(mask).__name__}. Give a PIL picture.')
     if image.size!=mask.size: raise ValueError(f'mask is {mask.size}, image {image.size}: give two of one size.')
     return whole_numbers('seeds', seeds, 0, 2**64 - 1)
 
@@ -234,7 +234,7 @@ def wider(
     top: int = 0,         # likewise
 ) -> tuple[Image.Image, Image.Image]:
     "The picture on a larger white canvas, and the mask of what is new. TypeError or ValueError if it does not fit."
-    if not isinstance(image, Image.Image): raise TypeError(f'image is a {type(image).__name__}. Give a PIL picture.')
+    if not isinstance(image, Image.Image): raise TypeError(f'image is of type {type(image).__name__}. Give a PIL picture.')
     for name, value in dict(width=width, height=height, left=left, top=top).items(): whole_number(name, value, 0)
     if left + image.width > width or top + image.height > height:
         raise ValueError(f'image of {image.size} at {left}, {top} does not fit on {width} x {height}. '

@@ -44,7 +44,7 @@ def check_field(
         return [check_field(f'{name}[{i}]', v, usual[0]) for i, v in enumerate(value)]
     if kind in (bool, str):
         if not isinstance(value, kind):
-            raise TypeError(f'{name}={value!r} is of type {type(value).__name__}, not a {kind.__name__}.')
+            raise TypeError(f'{name}={value!r} is {type(value).__name__}, not {kind.__name__}.')
         return value
     if isinstance(value, list | tuple):
         raise TypeError(f'{name}={value!r} is a list; one number is written here. Use a checkpoint '
@@ -88,7 +88,7 @@ def read_config(
     """The fields that a network needs. ValueError names one that asks for what is not written here,
     TypeError or ValueError one that is not of its usual kind."""
     if not isinstance(config, Mapping):
-        raise TypeError(f'config is of type {type(config).__name__}. Give the dictionary of config.json.')
+        raise TypeError(f'config is {type(config).__name__}. Give the dictionary of config.json.')
     if config.get('_class_name', kind)!=kind:
         raise ValueError(f'_class_name={config["_class_name"]!r} is another network. '
                          f'Give the config of one that was saved as {kind}.')

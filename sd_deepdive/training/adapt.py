@@ -46,9 +46,9 @@ class NewWord(nn.Module):
     def __init__(self, parts: Parts, token: str):    # the tokenizer knows the token already
         super().__init__()
         if not hasattr(parts.tokenizer, 'get_vocab'):
-            raise TypeError(f'parts has a {type(parts.tokenizer).__name__} by hand. Give what parts.load_parts() returns.')
+            raise TypeError(f'parts has a {type(parts.tokenizer).__name__} by hand. Give what sd_deepdive.parts.load_parts() returns.')
         if token not in parts.tokenizer.get_vocab():
-            raise ValueError(f'token={token!r} is not a word of the model yet. Give it one with add_words.')
+            raise ValueError(f'token={token!r} is not a word of the model yet. Add it with add_words.')
         self.id = parts.tokenizer.convert_tokens_to_ids(token)
         self.encoder = [parts.text_encoder]          # in a list: not a part to train
         self.vector = nn.Parameter(self.table.weight[self.id].detach().clone())
