@@ -164,13 +164,17 @@ def whole_file(
     path: str | Path,   # where the file goes; its folder is made
 ) -> Iterator[Path]:
     """Where to write instead; at the end the file takes its place, and what was there before is lost only then. After
-    an error nothing is left. OSError in words if it cannot be written: a folder that is none, a full disk."""
+    an error nothing is left. OSError in words if it cannot be written: a folder that is none, a full disk. ValueError
+    for a path without a name."""
     path = file_path('path', path)
-    part = path.with_suffix('.part')
+    if not path.name: raise ValueError(f'path={str(path)!r} has no name. Give the name of a file.')
+    part = path.with_name(f'{path.name}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        part.unlink(missing_ok=True); part.touch()
+        mode = part.stat().st_mode       # the usual one: safetensors makes files that no other user can read
         yield part
-        part.replace(path)
+        part.chmod(mode); part.replace(path)
     except (OSError, RuntimeError, SafetensorError) as e:    # torch and safetensors have errors of their own for a full disk
         why = getattr(e, 'strerror', None) or f'{e} '.splitlines()[0].strip()
         raise OSError(f'{path} cannot be written ({why}). Make room there, or give another place.') from None

@@ -16,11 +16,10 @@ from importlib.resources import files
 from pathlib import Path
 import torch
 from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
-from .checks import texts
+from .checks import file_path, texts, whole_file
 from .parts import Parts
 
 # %% ../nbs/04_textual_inversion.ipynb #1766c344
@@ -71,12 +70,6 @@ def _checked(words, where: str) -> dict[str, Tensor]:
     return {token: v.detach().cpu() for token, v in words.items()}
 
 # %% ../nbs/04_textual_inversion.ipynb #308464a5
-def _path(file) -> Path:
-    "The name of a file as a Path. TypeError if it is none."
-    if not isinstance(file, str | Path):
-        raise TypeError(f'file={reprlib.repr(file)} is not a file name. Give text, or a Path.')
-    return Path(file)
-
 def _notes(metadata) -> dict[str, str]:
     "What a file says of itself. TypeError if it is not a dict of texts."
     if metadata is None: return {}
@@ -87,9 +80,9 @@ def _notes(metadata) -> dict[str, str]:
 # %% ../nbs/04_textual_inversion.ipynb #82ed38e0
 def _place(file) -> Path:
     "Where a file of words may be written. TypeError, ValueError or FileNotFoundError if that is nowhere."
-    file = _path(file)
+    file = file_path('file', file)
     if file.suffix!='.safetensors':
-        raise ValueError(f'file={file.name!r}: give a name that ends in .safetensors.')
+        raise ValueError(f'file={file.name!r} is no .safetensors file. Give a name that ends in .safetensors.')
     if file.is_dir(): raise ValueError(f'file={str(file)!r} is a folder. Give the name of a file.')
     if not file.parent.is_dir():
         raise FileNotFoundError(f'file={str(file)!r}: its folder is not there. Make it first.')
@@ -101,23 +94,17 @@ def save_words(
     words: Mapping[str, Tensor],             # {token: vector (D,)}
     metadata: Mapping[str, str] | None = None,  # how they came about, for people
 ) -> Path:
-    "Write words to a file, whole or not at all. TypeError, ValueError, FileNotFoundError if not fit."
+    "Write words to a file, whole or not at all. TypeError, ValueError, FileNotFoundError if not fit, OSError for a full disk."
     file, words, notes = _place(file), _checked(words, 'words'), _notes(metadata)
-    part = file.with_name(f'{file.name}.part')
-    try:
-        save_file({token: v.clone() for token, v in words.items()}, part, metadata=notes)
-        part.chmod(0o644)
-        return part.replace(file)
-    except (OSError, SafetensorError) as e:
-        raise ValueError(f'file={str(file)!r} cannot be written: {e}. Give another place.') from None
-    finally: part.unlink(missing_ok=True)   # nothing is left of a file that was not finished
+    with whole_file(file) as part: save_file({token: v.clone() for token, v in words.items()}, part, metadata=notes)
+    return file
 
 # %% ../nbs/04_textual_inversion.ipynb #069a025e
 def load_words(
     file: str | Path,  # .safetensors, or a pickle: .bin, .pt, .pth
 ) -> dict[str, Tensor]:
     "The words {token: vector (D,)} of a file; no code in it is run. ValueError or FileNotFoundError."
-    file = _path(file)
+    file = file_path('file', file)
     if file.is_dir(): raise ValueError(f'file={str(file)!r} is a folder. Give the name of a file in it.')
     if not file.is_file(): raise FileNotFoundError(f'file={str(file)!r} is not there. Check the name.')
     if file.suffix not in ('.safetensors', '.bin', '.pt', '.pth'):

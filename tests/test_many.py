@@ -1,23 +1,22 @@
 """Thousands of pictures: several processes draw those of one, a kill loses nothing, and what does not belong together is refused."""
 import json
-import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import launch
 from PIL import Image
 
 from sd_deepdive.further.many import Wish, draw_many, is_drawn, number_wishes, picture_file, read_wishes, write_picture
 from sd_deepdive.images import max_difference
 from sd_deepdive.scratch.parts import load_parts
 
-ENV, N = os.environ | dict(OMP_NUM_THREADS='1'), 9
+N = 9
 COMMAND = ['-m', 'sd_deepdive.further.many', '--steps', '3', '--batch-size']
 
 
@@ -33,9 +32,9 @@ def run(tmp_path_factory):
     return root
 
 
-def start(launch, root, folder, *more):
+def start(command, root, folder, *more):
     "Begin a run."
-    return subprocess.Popen([*launch, '--prompts', root/'captions.txt', '--folder', folder, '--seed', '7', *more], env=ENV, cwd=root, text=True,
+    return subprocess.Popen([*command, '--prompts', root/'captions.txt', '--folder', folder, '--seed', '7', *more], cwd=root, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -58,12 +57,7 @@ def test_pictures(run):
 
 def test_two_processes(run, tmp_path):
     "Two processes started by `accelerate launch`, and another batch: the pictures of one."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = str(s.getsockname()[1])
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
-              '--dynamo_backend', 'no', '--main_process_port', port]
-    done = start([*launch, *COMMAND, '3'], run, tmp_path/'two')
+    done = start([*launch(2), *COMMAND, '3'], run, tmp_path/'two')
     said = done.communicate()[0]
     assert done.returncode == 0 and 'process 1 of 2: 5 drawn' in said and 'process 2 of 2: 4 drawn' in said, said[-3000:]
     assert_same(tmp_path/'two', run)
@@ -83,7 +77,7 @@ def test_killed(run, tmp_path):
     for file in there: assert is_drawn(file, Image.open(file).text)
     broken = sorted(there)[1]
     broken.write_bytes(broken.read_bytes()[:3000])
-    (folder/'000'/f'{len(there):06d}.part').write_bytes(b'half')       # as a kill in the middle of a file leaves it
+    (folder/'000'/f'{len(there):06d}.png.part').write_bytes(b'half')       # as a kill in the middle of a file leaves it
     again = start([sys.executable, *COMMAND, '2'], run, folder)
     said = again.communicate()[0]
     assert again.returncode == 0 and f'{N - len(there) + 1} drawn' in said, said[-3000:]

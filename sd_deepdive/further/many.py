@@ -177,7 +177,7 @@ def _claim(folder: Path, settings: dict) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if record.exists(): go_on = json.loads(record.read_text())
-        elif any(file.name!='run.part' for file in folder.iterdir()):
+        elif any(file.name!='run.json.part' for file in folder.iterdir()):
             raise ValueError(f'{folder} holds files and no run.json. Give an empty folder, or a new one.')
         else: save_record(record, **settings)
     except OSError as e:

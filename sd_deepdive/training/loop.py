@@ -20,7 +20,7 @@ from fastcore.basics import patch, store_attr
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
-from ..checks import file_path, whole_file
+from ..checks import file_path, real_number, tensor, whole_file, whole_number
 from ..images import image_grid
 from ..latents import make_img
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ def step_generator(
     step: int,   # of the run
 ) -> torch.Generator:
     "The randomness of one step of training, the same on each process and after each restart."
+    whole_number('seed', seed, 0, 2**40); whole_number('step', step, 0, 2**40)
     return torch.Generator().manual_seed(seed*10_000_019 + step)
 
 # %% ../../nbs/00_training_loop.ipynb #3e1dd3d9
@@ -70,8 +71,8 @@ class Trainer:
         ema_decay: float = .995,
         weight_decay: float = .01,
     ):
-        if not isinstance(steps, int) or steps < 1: raise ValueError(f'steps={steps!r}: give a number of steps, 1 or more.')
-        if not 0 < lr < math.inf: raise ValueError(f'lr={lr!r}: give a rate above 0, such as 1e-3.')
+        steps, seed = whole_number('steps', steps, 1), whole_number('seed', seed, 0)
+        if real_number('lr', lr) <= 0: raise ValueError(f'lr={lr}: give a rate above 0, such as 1e-3.')
         store_attr('model,steps,seed')
         self.acc, self.folder, self.losses = acc or accelerator(), folder and file_path('folder', folder), []
         weights = list(model.to(self.acc.device).parameters())
@@ -99,8 +100,9 @@ def save_record(
 def read_state(
     path: Path,   # of a file that `save_whole` wrote
 ) -> dict:
-    "What the file holds: tensors, numbers, texts, lists. ValueError for anything else; no code in it is run."
+    "What the file holds: tensors, numbers, texts, lists. FileNotFoundError; ValueError for anything else; no code in it is run."
     path = file_path('path', path)
+    if not path.exists(): raise FileNotFoundError(f'{path} is not there. Check its name.')
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')     # torch remarks on pickles of other kinds, then refuses them
@@ -229,5 +231,5 @@ def save_sheet(
     path: Path,       # .png
 ) -> None:
     "Write pictures as one PNG, row by row, as a whole or not at all. OSError if it cannot be written."
-    grid = image_grid([make_img(p) for p in pixels], cols=cols)
+    grid = image_grid([make_img(p) for p in tensor('pixels', pixels, 'N 3 H W')], cols=cols)
     with whole_file(path) as part: grid.save(part, 'png')
