@@ -1,9 +1,9 @@
 """Prompt to picture with the parts written by hand: no library, any model's widths, plain errors, few lines."""
-import ast, io, json, os, re, shutil, socket, subprocess, sys, tokenize
+import ast, io, json, re, shutil, socket, tokenize
 
 import pytest
 import torch
-from conftest import CFG
+from conftest import CFG, python
 
 from sd_deepdive.hub import choose_files
 from sd_deepdive.places import embedded_folder
@@ -12,14 +12,6 @@ from sd_deepdive.scratch.samplers import SAMPLERS
 
 FILES = sorted((CFG.lib_path/'scratch').glob('*.py'))
 PIECES = ['tokenizer', 'text_encoder', 'autoencoder', 'unet', 'samplers']
-
-
-def python(code, *args, **env):
-    "What a fresh interpreter prints when it runs `code`."
-    res = subprocess.run([sys.executable, '-c', code, *map(str, args)], capture_output=True, text=True, timeout=300,
-                         cwd=CFG.config_path, env=os.environ | env)
-    assert res.returncode == 0, res.stderr[-3000:]
-    return res.stdout.strip()
 
 
 def test_no_library_no_network(tmp_path):

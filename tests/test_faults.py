@@ -4,14 +4,12 @@ import inspect
 import io
 import json
 import math
-import os
 import pickle
 import random
 import re
 import struct
-import subprocess
-import sys
 import traceback
+import warnings
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from zipfile import ZipFile
@@ -19,7 +17,7 @@ from zipfile import ZipFile
 import ipywidgets as widgets
 import pytest
 import torch
-from conftest import CFG, ROOT, Evil, untrained
+from conftest import CFG, ROOT, Evil, python, untrained
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -31,8 +29,8 @@ from sd_deepdive.further.inside import Look, unet_by_hand
 from sd_deepdive.further.many import read_wishes
 from sd_deepdive.further.own_pictures import read_captions
 from sd_deepdive.further.steering import parse_weights
-from sd_deepdive.images import fit_picture
-from sd_deepdive.img2img import image_to_image
+from sd_deepdive.images import fit_picture, load_picture
+from sd_deepdive.img2img import fetch_picture, image_to_image
 from sd_deepdive.models import load_pipeline
 from sd_deepdive.parts import take_apart
 from sd_deepdive.places import embedded_folder
@@ -123,6 +121,29 @@ def test_bomb(tmp_path, pipe):
         with Image.open(file) as image:
             plain(lambda: call(image), '110 million pixels', 'Make it smaller')
             assert image.tile, 'it was read'
+
+
+@pytest.mark.parametrize('action', ['ignore', 'error'])
+@pytest.mark.parametrize('most', [50_000, 20_000], ids=['warned of', 'refused'])
+def test_large_picture_is_kept(tmp_path, monkeypatch, most, action):
+    "A fetched picture of too many pixels stays on the disk, however Pillow tells of it: once the limit is raised it is opened."
+    Image.new('1', (300, 300)).save(there := tmp_path/'a.png')
+    fetch = lambda: fetch_picture(there.as_uri(), tmp_path/'kept')
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.simplefilter(action, Image.DecompressionBombWarning)
+        patch.setattr(Image, 'MAX_IMAGE_PIXELS', most)
+        plain(fetch, 'MAX_IMAGE_PIXELS', there.as_uri())
+    there.unlink()
+    assert fetch().size == (300, 300)
+
+
+def test_no_memory_for_a_picture(monkeypatch):
+    "A picture that does not fit into the memory is no damaged one."
+    image = Image.new('RGB', (9, 8))
+    def load(self): raise MemoryError
+    monkeypatch.setattr(Image.Image, 'load', load)
+    plain(lambda: load_picture(image), '9 x 8', 'memory', kind=MemoryError)
+    plain(lambda: fit_picture(image, 4, 4), 'width=4', kind=MemoryError)
 
 
 def test_zip_that_leaves_its_folder(tmp_path, monkeypatch):
@@ -252,9 +273,7 @@ print(json.dumps(said))
 
 def test_full_disk(tmp_path):
     "Where files cannot grow, and where the folder is a file: plain words, the old file whole, nothing half-written; the same for all that is saved."
-    done = subprocess.run([sys.executable, '-c', WRITERS, tmp_path], capture_output=True, text=True, cwd=ROOT, timeout=300, env=os.environ | dict(OMP_NUM_THREADS='1'))
-    assert done.returncode == 0, done.stderr[-3000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    said = json.loads(python(WRITERS, tmp_path).splitlines()[-1])
     names = sorted(f.name for f in tmp_path.iterdir())
     assert len(names) == 9 and not [n for n in names if n.endswith('.part')] and {f.read_text() for f in tmp_path.iterdir()} == {'old'}
     assert set(said) == {*names, *(f'{name}/{name}' for name in names)}
@@ -365,7 +384,7 @@ def good_values(pipe, folder):
     pixels, hand = rand(2, 3, 16, 16).clamp(-1, 1), unet_by_hand(parts)
     (folder/'list.txt').write_text('a\n')
     (folder/'captions.csv').write_text('file,caption\na.png,b\n')
-    step = Step(0, torch.tensor(500), *(rand(1, 4, 8, 8) for _ in range(4)))
+    step = Step(0, torch.tensor(500), torch.tensor(.3), *(rand(1, 4, 8, 8) for _ in range(4)))
     look = [Look(0, 'a', torch.rand(1, 2, 4, 4, 16))]
     by_name = dict(
         **dict.fromkeys(['parts', 'pipe', 'model'], parts), **dict.fromkeys(['latents', 'noise', 'x', 'x_t', 'x0', 'init', 'like'], latents), uncond=text, text=text,

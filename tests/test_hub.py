@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, untrained
+from conftest import ROOT, Evil, untrained
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file, save_file
@@ -393,10 +393,8 @@ def test_wrong_files(single, tmp_path):
 def test_pickles(tmp_path, load):
     "Pickles that would leave a trace are refused with reason and remedy, and leave none; so is a folder that has weights of that kind alone."
     trace = tmp_path/'trace'
-    class Hostile:
-        def __reduce__(self): return Path.touch, (trace,)
     for suffix in places.PICKLES:
-        torch.save(Hostile(), tmp_path/f'model{suffix}')
+        torch.save(Evil(trace), tmp_path/f'model{suffix}')
         with pytest.raises(ValueError, match=f'model{suffix}.*run any code.*safetensors'): load(tmp_path/f'model{suffix}')
     untrained().save_pretrained(tmp_path/'folder')
     weights = next((tmp_path/'folder'/'unet').glob('*.safetensors'))

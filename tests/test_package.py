@@ -1,12 +1,12 @@
 """The package and its files: small, in step with the notebooks, quick to import, documented, whole in its wheel."""
-import ast, filecmp, html, inspect, io, os, re, shutil, sys, tokenize
+import ast, filecmp, html, inspect, io, re, shutil, sys, tokenize
 from configparser import ConfigParser
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import CFG, NBS, ROOT, apart, run
+from conftest import CFG, NBS, ROOT, apart, python, run
 from fastcore.nbio import mk_cell, new_nb, read_nb, write_nb
 from nbdev.config import nbpath2html
 from packaging.requirements import Requirement
@@ -20,11 +20,6 @@ LIB = CFG.lib_path
 MODULES = [f for f in sorted(LIB.rglob('*.py')) if f.name not in ('__init__.py', '_modidx.py')]
 
 
-def python(code, **kw):
-    "What a fresh interpreter prints when it runs `code`; a warning is an error."
-    return run(sys.executable, '-W', 'error', '-c', code, **kw)
-
-
 def tracked():
     "The files that git tracks."
     names = run('git', '-c', 'safe.directory=*', 'ls-files', '-z', cwd=ROOT).split('\0')
@@ -35,7 +30,7 @@ def test_import_is_light():
     "Importing the package is quick and leaves the heavy libraries for later."
     code = (f'import sys, time; t = time.perf_counter(); import {LIB.name}; '
             'print(time.perf_counter() - t, *({"torch", "diffusers", "transformers", "matplotlib"} & set(sys.modules)))')
-    runs = [python(code, cwd=ROOT).split() for _ in range(3)]
+    runs = [python(code).split() for _ in range(3)]
     assert all(heavy == [] for _, *heavy in runs)
     assert min(float(seconds) for seconds, *_ in runs) < 1
 
@@ -188,8 +183,8 @@ from sd_deepdive.models import load_pipeline
 image = load_pipeline()('a red apple', num_inference_steps=5).images[0]
 print(sd_deepdive.__file__, *image.size, np.asarray(image).std())
 '''
-    env = {**os.environ, 'PYTHONPATH': str(wheel), 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)}
-    file, width, height, contrast = python(code, cwd=tmp_path, env=env).splitlines()[-1].split()
+    said = python(code, cwd=tmp_path, PYTHONPATH=str(wheel), HF_HUB_OFFLINE='1', HF_HOME=str(tmp_path))
+    file, width, height, contrast = said.splitlines()[-1].split()
     assert Path(file).is_relative_to(wheel)
     assert (int(width), int(height)) == (128, 128) and float(contrast) > 5
 

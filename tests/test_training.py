@@ -1,16 +1,13 @@
 """The code that makes the embedded model: its recipe, a loop that survives a kill, several processes, and the whole recipe in small."""
-import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, launch, run
 
 from sd_deepdive.drawings import drawings, read_drawings, write_drawings
 from sd_deepdive.models import load_pipeline, text_to_image
@@ -38,7 +35,6 @@ trainer = Trainer(unet, steps, 1e-3, folder, acc, warmup=5)
 losses = trainer.fit(diffusion_batches(ready, [(1, steps)], batch=8), noise_loss(torch.linspace(.999, .005, 1000)), every=5)
 if trainer.acc.is_main_process: save_whole(folder/'end.pt', dict(weights=unet.state_dict(), losses=torch.tensor(losses), processes=trainer.acc.num_processes))
 '''
-ENV = os.environ | dict(OMP_NUM_THREADS='1')
 
 
 @pytest.fixture(scope='module')
@@ -48,13 +44,6 @@ def script(tmp_path_factory):
     return file
 
 
-def free_port():
-    "A port that nobody listens at."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return str(s.getsockname()[1])
-
-
 def end(folder): return torch.load(folder/'end.pt', weights_only=True)
 
 
@@ -62,16 +51,13 @@ def end(folder): return torch.load(folder/'end.pt', weights_only=True)
 def unbroken(script, tmp_path_factory):
     "The end of a run of one process that nothing disturbed."
     folder = tmp_path_factory.mktemp('unbroken')
-    subprocess.run([sys.executable, script, folder, '40'], env=ENV, cwd=ROOT, check=True, capture_output=True)
+    run(sys.executable, script, folder, '40', cwd=ROOT)
     return end(folder)
 
 
 def test_two_processes(script, unbroken, tmp_path):
     "Two processes started by `accelerate launch` have the losses and the weights of one with the same batch."
-    launch = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
-              '--dynamo_backend', 'no', '--main_process_port', free_port(), script, tmp_path, '40']
-    done = subprocess.run(launch, env=ENV, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+    run(*launch(2), script, tmp_path, '40', cwd=ROOT)
     two = end(tmp_path)
     assert (unbroken['processes'], two['processes']) == (1, 2)
     assert (two['losses'] - unbroken['losses']).abs().max() < 1e-4
@@ -81,7 +67,7 @@ def test_two_processes(script, unbroken, tmp_path):
 
 def test_half_precision(script, unbroken, tmp_path):
     "In bf16 the losses are nearly those of single precision, and the weights stay single."
-    subprocess.run([sys.executable, script, tmp_path, '40', 'bf16'], env=ENV, cwd=ROOT, check=True, capture_output=True)
+    run(sys.executable, script, tmp_path, '40', 'bf16', cwd=ROOT)
     half = end(tmp_path)
     assert 0 < (half['losses'] - unbroken['losses']).abs().max() < .05
     assert {w.dtype for w in half['weights'].values()} == {torch.float32}
@@ -92,15 +78,15 @@ def test_killed(script, unbroken, tmp_path):
     rng, kills = random.Random(0), 0
     while not (tmp_path/'end.pt').exists():
         was = (tmp_path/'checkpoint.pt').stat().st_mtime_ns if (tmp_path/'checkpoint.pt').exists() else 0
-        run = subprocess.Popen([sys.executable, script, tmp_path, '40'], env=ENV, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while kills < 3 and run.poll() is None:     # wait for a newer checkpoint, then for a moment
+        process = subprocess.Popen([sys.executable, script, tmp_path, '40'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kills < 3 and process.poll() is None:     # wait for a newer checkpoint, then for a moment
             if (tmp_path/'checkpoint.pt').exists() and (tmp_path/'checkpoint.pt').stat().st_mtime_ns > was:
                 time.sleep(rng.random()*.3)
-                run.send_signal(signal.SIGKILL)
+                process.kill()
                 kills += 1
                 break
             time.sleep(.005)
-        code = run.wait()
+        code = process.wait()
         assert code in (0, -signal.SIGKILL), code
     killed = end(tmp_path)
     assert kills == 3 and torch.equal(killed['losses'], unbroken['losses'])
@@ -172,7 +158,7 @@ def trained(tmp_path_factory):
 
     def command(module, *options):
         args = [sys.executable, '-m', f'sd_deepdive.training.{module}', '--folder', work, *map(str, options)]
-        done = subprocess.run(args, env=ENV, cwd=root, capture_output=True, text=True)
+        done = subprocess.run(args, cwd=root, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout + done.stderr
     said = [command('autoencoder', '--crop-steps', 2, '--steps', 1), command('clip', '--steps', 2, '--batch', 8), command('clip', '--judge', '--steps', 1, '--batch', 8),
@@ -228,12 +214,11 @@ def test_on_the_way(trained, tmp_path):
 
 def test_no_data(tmp_path):
     "Without the set, a command says how to get it."
-    done = subprocess.run([sys.executable, '-m', 'sd_deepdive.training.diffusion', '--folder', tmp_path], env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, '-m', 'sd_deepdive.training.diffusion', '--folder', tmp_path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and 'make data' in done.stderr.splitlines()[-1]
 
 
 def test_text_needs_one_process(tmp_path):
     "The contrastive loss compares each text with the whole batch."
-    run = shutil.which('torchrun', path=os.path.dirname(sys.executable))
-    done = subprocess.run([run, '--nproc-per-node', '2', '--master-port', free_port(), '-m', 'sd_deepdive.training.clip', '--folder', tmp_path], env=ENV, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([*launch(2), '-m', 'sd_deepdive.training.clip', '--folder', tmp_path], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode and 'Start one process' in done.stderr
