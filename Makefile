@@ -33,9 +33,7 @@ test-slow: $(READY)  ## the lessons whose slow cells build Stable Diffusion's fu
 	@NB_FLAGS=slow $(PYTEST) -n 0 tests/test_notebooks.py -k "10_ or 14_ or 15_ or 17_"
 
 times: $(READY)  ## measure how long each lesson runs, which the site shows: 12 min
-	@$(PYTEST) --junitxml=_report.xml tests/test_notebooks.py
-	@$(PY) tools/time_lessons.py _report.xml
-	@rm _report.xml
+	@trap 'rm -f _report.xml' EXIT INT; $(PYTEST) --junitxml=_report.xml tests/test_notebooks.py && $(PY) tools/time_lessons.py _report.xml
 
 bench: $(READY)  ## how fast the networks by hand are beside the library's: 15 min on an idle machine
 	@$(PY) bench/by_hand.py $(ARGS)

@@ -124,13 +124,32 @@ def offline(monkeypatch):
     if not os.environ.get('NB_FLAGS'): monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 
+ONCE = ['site', 'wheel', 'trained', 'unbroken', 'run', 'single', 'elsewhere']      # fixtures that take long
+
+
+def pytest_itemcollected(item):
+    "The tests that use one of these fixtures go to one process, which makes it once."
+    for name in [name for name in ONCE if name in getattr(item, 'fixturenames', ())][:1]: item.add_marker(pytest.mark.xdist_group(name))
+
+
+LONG = ['test_ends', 'test_exercises', 'test_notebook', 'test_one_changed_name']
+
+
+def how_long(item):
+    "Seconds that a long test takes, as `make times` measured its lesson; 0 for any other."
+    if item.originalname not in LONG: return 0
+    nb = item.callspec.params.get('nb')
+    return json.loads((ROOT/'tools/times.json').read_text()).get(nb and nb.name, 1000)
+
+
 @pytest.hookimpl(trylast=True)     # after what -k, -m and --deselect leave out
 def pytest_collection_modifyitems(config, items):
-    "The test of a lesson's exercises runs all its other cells too, asserts included: the lesson is not run twice."
+    """The test of a lesson's exercises runs all its other cells too, asserts included: the lesson is not run twice. The longest tests come first,
+    so that at the end no process waits for one."""
     ids = {i.callspec.id for i in items if i.originalname == 'test_exercises'}
     twice = [i for i in items if i.originalname == 'test_notebook' and i.callspec.id in ids]
     if twice: config.hook.pytest_deselected(items=twice)
-    items[:] = [i for i in items if i not in twice]
+    items[:] = sorted((i for i in items if i not in twice), key=how_long, reverse=True)
 
 
 def find_chromium():

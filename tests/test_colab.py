@@ -6,7 +6,7 @@ import pytest
 from conftest import CFG, NBS, run
 from fastcore.nbio import read_nb
 
-LESSONS = {'01_text_to_image': '## Seeds', '10_loop': '## As functions', '12_tokenizer_by_hand': '## Equal to the library'}   # run as far as this heading
+LESSONS = {'01_text_to_image': '## Seeds', '12_tokenizer_by_hand': '## Equal to the library'}   # run as far as this heading
 ADDRESS = f'git+https://github.com/{CFG.user}/{CFG.repo}'
 CELL = f'''#| hide
 from importlib.metadata import version
@@ -65,9 +65,8 @@ def cells(nb, until):
         if cell.cell_type == 'code' and not asleep(cell.source) and (run_all or imports(cell.source)): yield cell.source
 
 
-@pytest.mark.xdist_group('wheel')
 def test_lessons_elsewhere(wheel, tmp_path):
-    """Three lessons run, and all that the others import is there: the first cell installs our package and nothing else, torch stays, and no file
+    """Two lessons run, and all that the others import is there: the first cell installs our package and nothing else, torch stays, and no file
     is needed beside the notebook."""
     python, site = image(tmp_path)
     built, = wheel.parent.glob('*.whl')

@@ -219,15 +219,16 @@ def test_resumed(stand_in, folder):
 def test_killed_in_the_middle(stand_in, tmp_path):
     "A process that is killed while it fetches leaves nothing that the next one takes for whole."
     stand_in.pause = 20
-    process = python(stand_in, tmp_path)
-    while not stand_in.got: threading.Event().wait(.05)
+    process = fetcher(stand_in, tmp_path)
+    while not stand_in.got and process.poll() is None: threading.Event().wait(.02)
+    assert process.poll() is None, process.communicate()
     process.kill(), process.communicate()
     stand_in.well()
     find()
     assert {UNET} <= {name for name, _ in stand_in.got}
 
 
-def python(server, folder, before=''):
+def fetcher(server, folder, before=''):
     "A fresh Python that finds hub and cache by the variables that everyone uses, fetches, and prints the error if there is one."
     code = f'''
 {before}
@@ -242,7 +243,7 @@ except Exception as e: print(f'{{type(e).__name__}}: {{e}}')
 def test_two_processes(stand_in, tmp_path):
     "Two that fetch one model at once both get it, and each large file is sent once."
     stand_in.pause = .3
-    both = [python(stand_in, tmp_path) for _ in range(2)]
+    both = [fetcher(stand_in, tmp_path) for _ in range(2)]
     assert [process.communicate(timeout=100)[0].splitlines()[-1:] for process in both] == [['well']]*2
     sent = [name for name, _ in stand_in.got]
     assert sent.count(UNET) == 1 and left_behind(tmp_path/'home') == []
@@ -251,7 +252,7 @@ def test_two_processes(stand_in, tmp_path):
 def test_disk_full(stand_in, tmp_path):
     "Where a file cannot grow, as on a full disk, one line says so; with room the next call succeeds."
     limit = 'import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))'
-    said = python(stand_in, tmp_path, before=limit).communicate(timeout=100)[0].splitlines()[-1]
+    said = fetcher(stand_in, tmp_path, before=limit).communicate(timeout=100)[0].splitlines()[-1]
     assert re.match("OSError: name='someone/model' .*is full.*HF_HOME", said) and left_behind(tmp_path/'home') == []
     find()
 

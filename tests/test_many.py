@@ -68,7 +68,7 @@ def test_killed(run, tmp_path):
     folder = tmp_path/'killed'
     process = start([sys.executable, *COMMAND, '1'], run, folder)
     while len([*folder.rglob('*.png')]) < 3 and process.poll() is None: time.sleep(.002)
-    time.sleep(random.Random(0).random()*.1)
+    time.sleep(random.Random(0).random()*.02)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL

@@ -141,11 +141,11 @@ def test_sides(pipe, sides, size):
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-def test_half_precision(dtype):
+def test_half_precision(other, dtype):
     "The loop runs in half precision with every scheduler, and from a picture."
-    parts = load_parts(device='cpu', dtype=dtype)
+    parts, image = load_parts(other, 'cpu', dtype), drawings('banana')[0].image.resize((64, 64))
     for name in SCHEDULERS:
-        for start in (dict(), dict(init_img=drawings('banana')[0].image, start_step=2)):
+        for start in (dict(), dict(init_img=image, start_step=2)):
             pixels = make_samples(with_scheduler(parts, name), 'a bell', steps=4, **start)
             assert pixels.dtype == dtype and pixels.isfinite().all(), name
 

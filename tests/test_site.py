@@ -9,8 +9,6 @@ from nbdev.config import nbpath2html
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-pytestmark = pytest.mark.xdist_group('site')
-
 PAGES = [nbpath2html(nb).name for nb in NBS]
 LESSONS = [(nb.name, nbpath2html(nb).name) for nb in NBS if nb.name[0].isdigit()]
 BROKEN_IMAGES = "return [...document.images].filter(i => !i.complete || !i.naturalWidth).map(i => i.src.slice(0, 99))"
@@ -26,14 +24,32 @@ LOADED = "return performance.getEntriesByType('resource').filter(r => r.initiato
 BRIGHTNESS = r"return getComputedStyle(document.body).backgroundColor.match(/\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765"
 
 
+HEAVIEST = {'index.html': .5e6} | {page: 3e6 for _, page in LESSONS}       # bytes
+IN_DARK = ['index.html', 'loop.html', 'explore.html', 'samplers_by_hand.html']
+
+
 def soup(file):
     "A page, parsed."
     return BeautifulSoup(file.read_text(), 'html.parser')
 
 
+def weight(page, files, pictures):
+    "Bytes of a page and of the files that it loads, compressed, with or without its pictures."
+    doc = soup(page)
+    for img in [] if pictures else doc.select('img'): img['src'] = ''
+    return sum(len(gzip.compress(data)) for data in [str(doc).encode(), *(f.read_bytes() for f in files)])
+
+
+def findings(browser):
+    "What axe-core finds on the page that is open: names, contrast, headings, what the keyboard reaches."
+    browser.js(AXE)
+    return browser.driver.execute_async_script(FINDINGS)
+
+
 @pytest.mark.parametrize('page', PAGES)
-def test_page_opens(browser, page):
-    "A page says nothing on the console, asks no other host for anything, and shows its pictures and formulae."
+def test_page_opens(browser, site, page):
+    """A page says nothing on the console, asks no other host for anything, shows its pictures and formulae, and axe-core finds nothing serious.
+    Compressed, as a server sends them, the first page is under 500 KB without its pictures, and a lesson under 3 MB with them."""
     browser.open(page)
     assert browser.driver.find_element(By.CSS_SELECTOR, 'h1.title').text
     assert browser.js(BROKEN_IMAGES) == []
@@ -41,36 +57,21 @@ def test_page_opens(browser, page):
     console, outside = browser.log()
     assert console == []
     assert outside == []
+    files = [site/urlsplit(url).path.lstrip('/') for url in browser.js(LOADED) if url.startswith(browser.url)]
+    assert files and all(f.is_file() for f in files)
+    assert page not in HEAVIEST or weight(site/page, files, pictures=page != 'index.html') < HEAVIEST[page]
+    assert findings(browser) == []
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
 @pytest.mark.parametrize('page', PAGES)
 def test_page_fits_a_phone(browser, page, scheme):
-    "At a phone's width nothing sticks out or is cut off without scrolling, and the page follows the phone's scheme."
+    "At a phone's width nothing sticks out or is cut off without scrolling, and the page follows the phone's scheme; axe-core on some in dark."
     browser.open(page, width=360, scheme=scheme)
     assert browser.js('return document.documentElement.scrollWidth') <= 360
     assert browser.js(CUT_OFF) == []
     assert (browser.js(BRIGHTNESS) > .5) == (scheme == 'light')
-
-
-@pytest.mark.parametrize('page, scheme, width', [(page, 'light', 1300) for page in PAGES] +
-                         [(page, 'dark', 360) for page in ('index.html', 'loop.html', 'explore.html', 'samplers_by_hand.html')])
-def test_accessible(browser, page, scheme, width):
-    "axe-core finds nothing serious or critical on a page: names, contrast, headings, what the keyboard reaches."
-    browser.open(page, width, scheme)
-    browser.js(AXE)
-    assert browser.driver.execute_async_script(FINDINGS) == []
-
-
-@pytest.mark.parametrize('page, most', [('index.html', .5), *((page, 3) for _, page in LESSONS)])
-def test_weight(browser, site, page, most):
-    "Compressed, as a server sends them, the first page is under 500 KB without its pictures, and a lesson under 3 MB with them."
-    browser.open(page)
-    doc, files = soup(site/page), [site/urlsplit(url).path.lstrip('/') for url in browser.js(LOADED) if url.startswith(browser.url)]
-    assert files and all(f.is_file() for f in files)
-    for img in doc.select('img') if page == 'index.html' else []: img['src'] = ''
-    size = sum(len(gzip.compress(data)) for data in [str(doc).encode(), *(f.read_bytes() for f in files)])
-    assert size < most*1e6
+    assert page not in IN_DARK or scheme == 'light' or findings(browser) == []
 
 
 def test_machine_readable(site):

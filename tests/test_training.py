@@ -81,7 +81,7 @@ def test_killed(script, unbroken, tmp_path):
         process = subprocess.Popen([sys.executable, script, tmp_path, '40'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while kills < 3 and process.poll() is None:     # wait for a newer checkpoint, then for a moment
             if (tmp_path/'checkpoint.pt').exists() and (tmp_path/'checkpoint.pt').stat().st_mtime_ns > was:
-                time.sleep(rng.random()*.3)
+                time.sleep(rng.random()*.1)
                 process.kill()
                 kills += 1
                 break
