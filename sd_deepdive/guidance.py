@@ -12,19 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 import torch
 from torch import Tensor
-from .checks import real_number
-
-# %% ../nbs/02_guidance.ipynb #debcd52b
-def _predictions(**predictions):
-    "TypeError if one is no tensor of numbers, ValueError if their shapes differ."
-    for name, p in predictions.items():
-        kind = p.dtype if isinstance(p, Tensor) else type(p).__name__
-        if kind is torch.bool or not isinstance(p, Tensor):
-            raise TypeError(f'{name} is of type {kind}, not a tensor of numbers. Give what a UNet predicts.')
-    (a, p), (b, q) = predictions.items()
-    if p.shape!=q.shape:
-        raise ValueError(f'{a} has shape {tuple(p.shape)} and {b} {tuple(q.shape)}: '
-                         'give two predictions for the same latents.')
+from .checks import real_number, same_shape
 
 # %% ../nbs/02_guidance.ipynb #2c209b7d
 def guide(
@@ -34,7 +22,8 @@ def guide(
 ) -> Tensor:
     """The guided prediction, uncond + g (text - uncond). Ho and Salimans 2022, arXiv:2207.12598.
     TypeError for what is no tensor, ValueError for two shapes or a g that is not finite."""
-    _predictions(uncond=uncond, text=text); real_number('guidance_scale', guidance_scale)
+    same_shape(uncond=uncond, text=text)
+    real_number('guidance_scale', guidance_scale)
     return uncond + guidance_scale*(text - uncond)
 
 # %% ../nbs/02_guidance.ipynb #3c383f1b

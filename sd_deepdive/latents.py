@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from .checks import enough_memory, pair_up, side, whole_numbers
+from .checks import enough_memory, pair_up, side, tensor, whole_numbers
 from .images import on_colour
 from .parts import Parts, take_apart
 from .seeds import generators
@@ -38,11 +38,7 @@ def make_img(
     pixels: Tensor,   # (3, H, W), from -1 to 1; what is a little beyond is cut off
 ) -> Image.Image:
     "One picture from what the decoder gives. ValueError for another shape, or numbers that are none (nan)."
-    if not isinstance(pixels, Tensor):
-        raise TypeError(f'pixels is of type {type(pixels).__name__}, not a tensor. Give one picture of decode.')
-    if pixels.ndim!=3 or len(pixels)!=3 or not pixels.numel():
-        raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give one picture, (3, height, width).')
-    _finite_numbers('pixels', pixels)
+    _finite_numbers('pixels', tensor('pixels', pixels, '3 H W'))
     if (most := pixels.abs().max().item())>20:     # even random latents decode to less
         raise ValueError(f'pixels has values up to {most:g}. Give numbers from -1 to 1, not levels.')
     levels = ((pixels.float()/2 + .5).clamp(0, 1)*255).round().byte()
@@ -91,12 +87,7 @@ def decode(
 ) -> Tensor:
     "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for what are no latents; MemoryError for too many."
     parts = take_apart(parts)
-    if not isinstance(latents, Tensor):
-        raise TypeError(f'latents is of type {type(latents).__name__}, not a tensor. Give what pil2latent returns.')
-    channels, shape = parts.vae.config.latent_channels, tuple(latents.shape)
-    if latents.ndim!=4 or latents.shape[1]!=channels or not latents.numel():
-        raise ValueError(f'latents has shape {shape}. Give (pictures, {channels}, height, width).')
-    _finite_numbers('latents', latents)
+    _finite_numbers('latents', tensor('latents', latents, f'B {parts.vae.config.latent_channels} h w'))
     with enough_memory('the number of pictures, or their size'):
         return parts.vae.decode(latents.to(parts.device, parts.dtype)/parts.scaling_factor).sample
 

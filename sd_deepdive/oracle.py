@@ -10,6 +10,8 @@ __all__ = ['NoiseOracle', 'with_oracle', 'mixture', 'walk_down']
 # %% ../nbs/11_variations.ipynb #a114fd7a
 import torch
 from dataclasses import replace
+from .checks import same_shape
+from .latents import _finite_numbers
 from .parts import Parts, take_apart
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from torch import Tensor, nn
@@ -43,14 +45,10 @@ def mixture(
 ) -> tuple[float, float]:
     """The weights of picture and noise in the result: a and c of the least-squares fit a x0 + c noise.
     TypeError or ValueError for what are no latents."""
-    given = dict(latents=latents, x0=x0, noise=noise)
-    for name, x in given.items():
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
-    for name, x in given.items():
-        if x.shape!=latents.shape or not x.is_floating_point() or not x.isfinite().all():
-            raise ValueError(f'{name} should be finite latents, of one shape with the others: {tuple(latents.shape)}.')
-    known = torch.stack([x0.flatten(), noise.flatten()], 1).double().cpu()
-    a, c = torch.linalg.lstsq(known, latents.flatten()[:, None].double().cpu()).solution.flatten().tolist()
+    same_shape(**(given := dict(latents=latents, x0=x0, noise=noise)))
+    for name, x in given.items(): _finite_numbers(name, x)
+    known = torch.stack([x0.flatten(), noise.flatten()], 1).cpu().double()     # a Mac's GPU has no float64
+    a, c = torch.linalg.lstsq(known, latents.flatten()[:, None].cpu().double()).solution.flatten().tolist()
     return a, c
 
 # %% ../nbs/11_variations.ipynb #4cb441dc

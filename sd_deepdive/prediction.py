@@ -9,17 +9,8 @@ __all__ = ['predict_x0', 'predict_noise', 'score']
 
 # %% ../nbs/09_unet.ipynb #e525a080
 from torch import Tensor
-from .checks import tensor
+from .checks import same_shape, tensor
 from .schedule import weights_at
-
-# %% ../nbs/09_unet.ipynb #633d455b
-def _same_shape(**tensors: Tensor):
-    "ValueError if two tensors, given by name, differ in shape."
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
-    (a, x), (b, y) = tensors.items()
-    if x.shape!=y.shape:
-        raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give two of one shape.')
 
 # %% ../nbs/09_unet.ipynb #b8557ffa
 def predict_x0(
@@ -29,7 +20,7 @@ def predict_x0(
 ) -> Tensor:
     """The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar).
     ValueError for two shapes, or for no share. Song et al. 2021, arXiv:2010.02502, eq. 9."""
-    _same_shape(x_t=x_t, noise=noise)
+    same_shape(x_t=x_t, noise=noise)
     of_x0, of_noise = weights_at(alpha_bar, x_t, none=0)
     return (x_t - of_noise*noise)/of_x0
 
@@ -40,7 +31,7 @@ def predict_noise(
     alpha_bar: Tensor | float,  # the share of the picture in their variance
 ) -> Tensor:
     "The noise between a picture and its noisy form: the inverse of `predict_x0`. ValueError as there."
-    _same_shape(x_t=x_t, x0=x0)
+    same_shape(x_t=x_t, x0=x0)
     of_x0, of_noise = weights_at(alpha_bar, x_t, none=1)
     return (x_t - of_x0*x0)/of_noise
 

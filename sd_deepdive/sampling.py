@@ -16,7 +16,7 @@ from fastcore.basics import chunked
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import enough_memory, pair_wishes, real_number, side, tensor, whole_number, whole_numbers
+from .checks import enough_memory, pair_wishes, real_number, same_shape, side, tensor, whole_number, whole_numbers
 from .guidance import guide
 from .latents import decode, pil2latent
 from .parts import Parts, take_apart
@@ -41,21 +41,19 @@ def make_noise(
                  for g in generators(whole_numbers('seeds', seeds, 0, 2**64 - 1))]
         return torch.cat(noise).to(parts.device)
 
-# %% ../nbs/10_loop.ipynb #cac5e208
-def _fitting(parts: Parts, pictures: int | str = 'pictures', **tensors: Tensor):
-    "A clear error if latents, or hidden states (`text`, `uncond`), do not fit the model or each other."
+# %% ../nbs/10_loop.ipynb #c723d5ac
+def _fitting(parts: Parts, pictures: int | str = 'B', **tensors: Tensor):
+    "A clear error if latents, or hidden states (`text`, `uncond`), do not fit the model."
     for name, x in tensors.items():
-        wanted = (pictures, parts.channels, 'height', 'width')
-        if name in ('text', 'uncond'): wanted = (pictures, 'tokens', parts.unet.config.cross_attention_dim)
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
-        if x.ndim!=len(wanted) or any(w!=n for w, n in zip(wanted, x.shape) if not isinstance(w, str)):
-            raise ValueError(f'{name} has shape {tuple(x.shape)}. Give ({", ".join(map(str, wanted))}).')
+        words = name in ('text', 'uncond')
+        tensor(name, x, f'{pictures} N {parts.unet.config.cross_attention_dim}' if words else f'{pictures} {parts.channels} h w')
         if (x.device.type, x.dtype)!=(parts.device.type, parts.dtype):
             raise ValueError(f'{name} is {x.dtype} on {x.device}, the model {parts.dtype} on {parts.device}. '
                              f'Use {name}.to(parts.device, parts.dtype).')
         if not x.isfinite().all(): raise ValueError(f'{name} has values that are not finite. Compute in float32.')
 
-def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float, combine: Callable):
+# %% ../nbs/10_loop.ipynb #cac5e208
+def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float, combine: Callable = guide):
     "A clear error if what the UNet is to be asked does not fit together."
     real_number('guidance_scale', guidance_scale)
     if not callable(combine):
@@ -65,10 +63,8 @@ def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, g
                          '"epsilon", as Stable Diffusion 1.x does.')
     _fitting(parts, latents=latents)
     _fitting(parts, len(latents), text=text, **{} if uncond is None else dict(uncond=uncond))
-    if uncond is None and guidance_scale!=1:
-        raise ValueError(f'guidance_scale={guidance_scale} needs uncond: give the hidden states of "".')
-    if uncond is not None and uncond.shape!=text.shape:
-        raise ValueError(f'uncond has shape {tuple(uncond.shape)}, text {tuple(text.shape)}: give as many tokens.')
+    if uncond is not None: same_shape(uncond=uncond, text=text)
+    elif guidance_scale!=1: raise ValueError(f'guidance_scale={guidance_scale} needs uncond: give the hidden states of "".')
 
 # %% ../nbs/10_loop.ipynb #0523ae15
 def start_latents(
@@ -84,8 +80,7 @@ def start_latents(
         raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init, its latents.')
     parts = take_apart(parts)
     _fitting(parts, noise=noise, **{} if init is None else dict(init=init))
-    if init is not None and init.shape!=noise.shape:
-        raise ValueError(f'init has shape {tuple(init.shape)}, noise {tuple(noise.shape)}: give noise for each latent.')
+    if init is not None: same_shape(init=init, noise=noise)
     scheduler, timesteps = begin(parts.scheduler, num_inference_steps, start_step, parts.device)
     if init is None: return noise*scheduler.init_noise_sigma
     return scheduler.add_noise(init, noise, timesteps[:1])
@@ -120,6 +115,8 @@ def ask_unet(
         if not isinstance(t, int | float): tensor('t', t)
         _check(parts, x_t, text, uncond, guidance_scale, combine)
         words = read_texts(parts, text, uncond, guidance_scale)
+    elif not isinstance(words, Tensor | dict if hasattr(parts.unet, 'read') else Tensor):
+        raise TypeError(f'words is of type {type(words).__name__}. Give what read_texts made for this UNet, or leave it out.')
     ask = lambda x: parts.unet(x, t, encoder_hidden_states=words).sample
     if guidance_scale in (0, 1): return ask(x_t)
     return combine(*ask(torch.cat([x_t, x_t])).chunk(2), guidance_scale)
@@ -130,6 +127,7 @@ class Step:
     "One step of the loop."
     i: int            # which one, from 0
     t: Tensor         # its time
+    alpha_bar: Tensor # the share of the picture in the variance of x_t, one number, float64, on the CPU
     x_t: Tensor       # (B, 4, h, w), the noisy latents it began with, as the UNet saw them
     noise: Tensor     # the guided prediction
     x0: Tensor        # the clean latents that this prediction means
@@ -161,15 +159,15 @@ def denoise(
     ValueError or TypeError for shapes, numbers or steps that do not fit."""
     parts = take_apart(parts)
     scheduler, timesteps = begin(parts.scheduler, num_inference_steps, start_step, parts.device)
-    scales, alpha_bar = scales_at(guidance_scale, timesteps), alpha_bar_at(scheduler, timesteps)
+    scales, shares = scales_at(guidance_scale, timesteps), alpha_bar_at(scheduler, timesteps)
     _check(parts, latents, text, uncond, max(scales, key=lambda g: g!=1), combine)
     words = cache(partial(read_texts, parts, text, uncond))   # read once for each kind of pass
-    for i, (t, g) in enumerate(zip(timesteps, scales)):
+    for i, (t, g, alpha_bar) in enumerate(zip(timesteps, scales, shares)):
         x_t = scheduler.scale_model_input(latents, t)
         with enough_memory('the number of pictures, or their size'):
             noise = ask_unet(parts, x_t, t, text, uncond, g, words(g if g in (0, 1) else None), combine)
-        x0 = predict_x0(x_t, noise, alpha_bar[i])
-        yield (step := Step(i, t, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
+        x0 = predict_x0(x_t, noise, alpha_bar)
+        yield (step := Step(i, t, alpha_bar, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
         latents = step.latents
 
 # %% ../nbs/10_loop.ipynb #e27b5a90

@@ -11,7 +11,7 @@ __all__ = ['weights_at', 'add_noise', 'sigma_at', 'alpha_bar_at', 'trained', 'se
 import numpy as np
 import torch
 from torch import Tensor
-from .checks import whole_number
+from .checks import same_shape, whole_number
 
 # %% ../nbs/08_noise_schedule.ipynb #8aaebc63
 def weights_at(
@@ -22,7 +22,7 @@ def weights_at(
     "How much picture and noise x_t holds: sqrt(alpha-bar), sqrt(1 - alpha-bar). TypeError or ValueError for no share."
     if not isinstance(like, Tensor) or not like.is_floating_point():
         raise TypeError(f'{getattr(like, "dtype", type(like).__name__)} is no kind of number for latents. Give floats.')
-    try: share = torch.as_tensor(alpha_bar).to(like.device)
+    try: share = torch.as_tensor(alpha_bar).cpu()    # a check on a GPU would wait for it, and a Mac's has no float64
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f'alpha_bar={alpha_bar!r} is not a number. Give one from 0 to 1.') from None
     if share.ndim==1 and len(share) in (1, len(like)): share = share.view(-1, *[1]*(like.ndim - 1))
@@ -31,7 +31,7 @@ def weights_at(
     if not ((share >= 0) & (share <= 1)).all() or none is not None and (share==none).any():
         but = '' if none is None else f', but not {none}'
         raise ValueError(f'alpha_bar={alpha_bar} is not a share of the variance. Give a number from 0 to 1{but}.')
-    return tuple(w.sqrt().to(like.dtype) for w in (share, 1 - share))
+    return tuple(w.sqrt().to(like.dtype).to(like.device, non_blocking=True) for w in (share, 1 - share))
 
 # %% ../nbs/08_noise_schedule.ipynb #28c87cbe
 def add_noise(
@@ -41,11 +41,7 @@ def add_noise(
 ) -> Tensor:
     """x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise.
     ValueError for two shapes, or for no share. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
-    for name, x in dict(x0=x0, noise=noise).items():
-        if not isinstance(x, Tensor): raise TypeError(f'{name} is of type {type(x).__name__}. Give a tensor.')
-    if x0.shape!=noise.shape:
-        shapes = f'noise has shape {tuple(noise.shape)}, x0 {tuple(x0.shape)}'
-        raise ValueError(f'{shapes}: give noise for each number of the picture.')
+    same_shape(x0=x0, noise=noise)
     picture, rest = weights_at(alpha_bar, x0)
     return picture*x0 + rest*noise
 

@@ -20,11 +20,11 @@ from itertools import pairwise
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 from torch import Tensor
-from ..checks import real_number, whole_number
+from ..checks import real_number, same_shape, tensor, whole_number
 from ..images import on_colour
 from ..parts import Parts, take_apart
 from ..prediction import predict_x0
-from ..sampling import Step, ask_unet, read_texts
+from ..sampling import Step, _check, ask_unet, read_texts
 from ..schedule import add_noise, alpha_bar_at, begin
 from ..scratch.autoencoder import Attention
 from ..scratch.samplers import with_sampler
@@ -206,19 +206,17 @@ def slerp(
 ) -> Tensor:
     """From one noise to the other along the sphere, each picture by itself: the same shape. Parallel ones are
     mixed straight. ValueError for two shapes, or no share. Shoemake 1985, Animating rotation with quaternion curves."""
-    for name, v in dict(a=a, b=b).items():
-        if not isinstance(v, Tensor): raise TypeError(f'{name} is of type {type(v).__name__}. Give a tensor.')
-    if a.shape!=b.shape:
-        raise ValueError(f'a has shape {tuple(a.shape)}, b {tuple(b.shape)}. Give two of one shape.')
+    same_shape(a=a, b=b)
     if not 0 <= (s := real_number('share', share)) <= 1:
         raise ValueError(f'share={share} is out of range. Give a number from 0 to 1.')
     shape = -1, *[1]*(a.ndim - 1)
-    x, y = (v.flatten(1).double() for v in (a, b))
-    cosine = (x*y).sum(1)/(x.norm(dim=1)*y.norm(dim=1)).clamp(min=1e-12)
+    x, y = (v.cpu().double() for v in (a, b))      # a Mac's GPU has no float64
+    one, two = x.flatten(1), y.flatten(1)
+    cosine = (one*two).sum(1)/(one.norm(dim=1)*two.norm(dim=1)).clamp(min=1e-12)
     angle = cosine.clamp(-1, 1).acos()
     sine = angle.sin()
     of_a, of_b = (torch.where(sine > 1e-6, (w*angle).sin()/sine.clamp(min=1e-6), w) for w in (1 - s, s))
-    return (of_a.view(shape)*a.double() + of_b.view(shape)*b.double()).to(a.dtype)
+    return (of_a.view(shape)*x + of_b.view(shape)*y).to(a.dtype).to(a.device)
 
 # %% ../../nbs/23_look_inside.ipynb #b8977780
 def walk(
@@ -256,17 +254,17 @@ def invert(
     """From pictures to their noise: the steps of DDIM backwards; `latents` of the last is the noise. Draw with
     `with_sampler(parts, 'DDIM')` and as many steps. ValueError or TypeError for what does not fit.
     Song et al. 2021, arXiv:2010.02502, section 4.3."""
-    whole_number('refine', refine, 0)
+    parts, _ = take_apart(parts), whole_number('refine', refine, 0)
     scheduler, times = begin(with_sampler(parts, 'DDIM').scheduler, num_inference_steps, device=parts.device)
     times = torch.cat([times, times.new_zeros(1)]).flip(0)
-    ask = partial(ask_unet, parts, text=text, uncond=uncond, guidance_scale=guidance_scale)
-    words = None     # the first question is checked; then the texts are read, once
+    _check(parts, latents, text, uncond, guidance_scale)
+    words = read_texts(parts, text, uncond, guidance_scale)     # once for all questions
+    ask = partial(ask_unet, parts, text=text, uncond=uncond, guidance_scale=guidance_scale, words=words)
     for i, (now, then) in enumerate(pairwise(alpha_bar_at(scheduler, times))):
-        noise = ask(latents, times[i], words=words)
-        if words is None: words = read_texts(parts, text, uncond, guidance_scale)
+        noise = ask(latents, times[i])
         up = ddim_move(latents, noise, now, then)
         for _ in range(refine):
-            noise = ask(up, times[i + 1], words=words)
+            noise = ask(up, times[i + 1])
             up = ddim_move(latents, noise, now, then)
-        yield (step := Step(i, times[i], latents, noise, predict_x0(latents, noise, now), up))
+        yield (step := Step(i, times[i], now, latents, noise, predict_x0(latents, noise, now), up))
         latents = step.latents

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from collections.abc import Callable, Sequence
-from ..checks import real_number, side as fitting_side, tensor, texts, whole_number, whole_numbers
+from ..checks import real_number, same_shape, side as fitting_side, tensor, texts, whole_number, whole_numbers
 from ..guidance import guide
 from ..images import on_colour
 from ..latents import latents2pil, pil2latent
 from ..parts import Parts, take_apart
 from ..prediction import predict_noise, predict_x0
 from ..sampling import Step, denoise, make_noise, start_latents
-from ..schedule import alpha_bar_at, begin, sigma_at
+from ..schedule import alpha_bar_at, begin, sigma_at, weights_at
 from ..text import text_enc
 from ..training.clip import Clip, token_ids
 from torch import Tensor
@@ -35,43 +35,35 @@ def _holds_larger(scheduler) -> bool:
     by_hand = getattr(scheduler, 'variance_preserving', None)
     return float(scheduler.init_noise_sigma) > 1.5 if by_hand is None else not by_hand
 
-def _sigma_there(scheduler, t: Tensor | float) -> Tensor:
-    "`sigma_at` on the device of t. A GPU is not waited for, so there nobody looks whether t is a time."
-    if not isinstance(t, Tensor) or t.device.type=='cpu': return sigma_at(scheduler, t)
-    sigmas = sigma_at(scheduler, torch.arange(len(scheduler.alphas_cumprod))).float().to(t.device, non_blocking=True)
-    low = t.long().clamp(0, len(sigmas) - 2).view(1)
-    below, above = (sigmas.index_select(0, low + k) for k in (0, 1))
-    return torch.lerp(below, above, (t - low).float())[0]
-
 # %% ../../nbs/24_steer_it.ipynb #638c0eab
 def noise_in(
-    parts: Parts,        # of a model; a pipeline will do too
-    t: Tensor | float,   # time
-) -> Tensor:
-    """The standard deviation of the noise in what the scheduler holds at a time, one number, on the device of t:
-    sqrt(1 - alpha-bar), or sigma where it holds latents larger. ValueError for a time that is none."""
-    scheduler = take_apart(parts).scheduler
-    sigma = _sigma_there(scheduler, t)
-    return sigma if _holds_larger(scheduler) else sigma/(sigma**2 + 1)**.5
+    parts: Parts,                # of a model; a pipeline will do too
+    alpha_bar: Tensor | float,   # the share of the picture in the variance of x_t, one number: `step.alpha_bar`
+) -> float:
+    """The standard deviation of the noise in what the scheduler holds: sqrt(1 - alpha-bar), or sigma where it holds
+    latents larger. TypeError or ValueError for no share."""
+    of_x0, of_noise = weights_at(alpha_bar, torch.zeros(1, dtype=torch.float64), none=0)
+    return (of_noise/of_x0 if _holds_larger(take_apart(parts).scheduler) else of_noise).item()
 
 # %% ../../nbs/24_steer_it.ipynb #067de2c6
 def after_step(
     parts: Parts,               # with a scheduler that asks once a step, such as DDIM
-    num_inference_steps: int,   # of the run
-) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """A function of a step i, from 0, a clean picture x0 (B, 4, h, w) and the noise beside it: what the loop goes on
+    num_inference_steps: int,   # of the run, if it leaves none out
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A function of `step.alpha_bar`, a clean picture x0 (B, 4, h, w) and the noise beside it: what the loop goes on
     from if that is the picture, x0 with the noise of the next time; after the last step x0 itself. ValueError for a
-    scheduler that asks more than once a step. Song et al. 2021, arXiv:2010.02502, eq. 12."""
+    scheduler that asks more than once a step, or a step of another run. Song et al. 2021, arXiv:2010.02502, eq. 12."""
     scheduler, times = begin(take_apart(parts).scheduler, num_inference_steps)
     if len(times)!=(n := num_inference_steps):
         raise ValueError(f'{type(scheduler).__name__} asks the UNet more than once in some steps. '
                          "Use with_scheduler(parts, 'DDIM').")
-    larger = _holds_larger(scheduler)
+    larger, shares = _holds_larger(scheduler), alpha_bar_at(scheduler, times)
     sigmas = [float(s) for s in getattr(scheduler, 'sigmas', sigma_at(scheduler, times))]
-    def after(i, x0, noise):
-        if whole_number('i', i, 0, n - 1)==n - 1: return x0
-        if x0.shape!=noise.shape:
-            raise ValueError(f'x0 has shape {tuple(x0.shape)}, noise {tuple(noise.shape)}. Give two of one shape.')
+    def after(alpha_bar, x0, noise):
+        same_shape(x0=x0, noise=noise)
+        if (off := (shares - alpha_bar).abs()).min() > 1e-6:
+            raise ValueError(f'alpha_bar={float(alpha_bar):.4f} is at no step of num_inference_steps={n}. Give step.alpha_bar, and the steps of its run.')
+        if (i := off.argmin())==n - 1: return x0
         x = x0 + sigmas[i + 1]*noise
         return x if larger else x/(sigmas[i + 1]**2 + 1)**.5
     return after
@@ -88,9 +80,7 @@ def loss_gradient(
     parts = take_apart(parts)
     with torch.enable_grad():
         x = x0 = (step.x0 if ask is None else step.x_t).detach().clone().requires_grad_()
-        if ask is not None:
-            share = 1/(_sigma_there(parts.scheduler, step.t)**2 + 1)
-            x0 = predict_x0(x, ask(x, step.t), share)
+        if ask is not None: x0 = predict_x0(x, ask(x, step.t), step.alpha_bar)
         values = loss(parts.vae.decode(x0/parts.scaling_factor).sample)
         if not isinstance(values, Tensor) or values.shape!=(len(x),):
             raise ValueError(f'loss gives {getattr(values, "shape", type(values).__name__)}. Give a number for each '
@@ -110,15 +100,15 @@ def steer(
     Bansal et al. 2023, arXiv:2302.07121, eq. 6; Chung et al. 2022, arXiv:2209.14687, algorithm 1."""
     real_number('strength', strength)
     values, gradient = loss_gradient(parts, step, loss, ask)
-    step.latents = step.latents - strength*noise_in(parts, step.t)*gradient[0].numel()*gradient
+    step.latents = step.latents - strength*noise_in(parts, step.alpha_bar)*gradient[0].numel()*gradient
     return values
 
 # %% ../../nbs/24_steer_it.ipynb #7a6a69dc
 def _mask(mask: Tensor) -> Tensor:
-    "The mask. TypeError or ValueError for what is none."
-    if not isinstance(mask, Tensor): raise TypeError(f'mask is of type {type(mask).__name__}. Give a tensor (height, width).')
-    if mask.ndim!=2 or not (mask > 0).any():
-        raise ValueError(f'mask has shape {tuple(mask.shape)}. Give (height, width), not zero everywhere.')
+    "The mask as numbers. TypeError or ValueError for what is none."
+    if isinstance(mask, Tensor) and mask.dtype is torch.bool: mask = mask.float()
+    if not ((tensor('mask', mask, 'H W') >= 0) & (mask <= 1)).all():
+        raise ValueError(f'mask goes from {mask.min()} to {mask.max()}. Give numbers from 0 to 1.')
     return mask
 
 def _masked(pixels: Tensor, mask: Tensor) -> Tensor:
@@ -130,19 +120,21 @@ def _masked(pixels: Tensor, mask: Tensor) -> Tensor:
 
 # %% ../../nbs/24_steer_it.ipynb #3d9be2c4
 def colour_loss(
-    colour: Sequence[float],      # red, green, blue, 0 to 1
-    mask: Tensor | None = None,   # (H, W), 0 to 1: which pixels count; default: all
+    colour: Sequence[float],      # red, green, blue, 0 to 1; an array will do too
+    mask: Tensor | None = None,   # (H, W), 0 to 1, or true and false: which pixels count; default: all
 ) -> Callable[[Tensor], Tensor]:
     """A loss: the squared distance of the mean colour, in pixels from -1 to 1. TypeError or ValueError for what is no
     colour, or no mask."""
-    three = isinstance(colour, Sequence) and not isinstance(colour, str) and len(colour)==3
-    if not three or not all(0 <= real_number('colour', v) <= 1 for v in colour):
+    try: levels = [real_number('colour', v) for v in getattr(colour, 'tolist', lambda: colour)()]
+    except TypeError: levels = []
+    if len(levels)!=3 or not all(0 <= v <= 1 for v in levels):
         raise ValueError(f'colour={colour!r} is no colour. Give red, green and blue, each from 0 to 1.')
-    if mask is not None: _mask(mask)
+    if mask is not None and not (mask := _mask(mask)).any():
+        raise ValueError('mask is 0 everywhere. Give one with pixels that count.')
     def loss(pixels):
         weight = pixels.new_ones(pixels.shape[2:]) if mask is None else _masked(pixels, mask)
         mean = (pixels*weight).sum((2, 3))/weight.sum()
-        return torch.stack([(mean[:, c] - 2*v + 1).square() for c, v in enumerate(colour)]).sum(0)
+        return torch.stack([(mean[:, c] - 2*v + 1).square() for c, v in enumerate(levels)]).sum(0)
     return loss
 
 # %% ../../nbs/24_steer_it.ipynb #2577f63e
@@ -164,11 +156,11 @@ def caption_loss(
 
 # %% ../../nbs/24_steer_it.ipynb #63f45ed7
 def layout_loss(
-    mask: Tensor,   # (H, W), 0 or 1: where there may be ink
+    mask: Tensor,   # (H, W), 0 to 1, or true and false: where there may be ink
 ) -> Callable[[Tensor], Tensor]:
     """A loss: how far from white the picture is outside of a mask. TypeError or ValueError for no mask, or one that
     leaves no outside."""
-    if not (outside := 1 - _mask(mask).float()).sum() > 0:
+    if not (outside := 1 - _mask(mask).float()).any():
         raise ValueError('mask is 1 everywhere. Give one with zeros outside.')
     def loss(pixels):
         weight = _masked(pixels, outside)
@@ -221,7 +213,7 @@ def inpaint(
     noise, after = make_noise(parts, seeds, *image.size[::-1]), after_step(parts, n)
     run = denoise(parts, start_latents(parts, noise, n), text, uncond, guidance_scale, n)
     for step in tqdm(run, total=n, delay=20, leave=False):
-        step.latents = draw*step.latents + (1 - draw)*after(step.i, known, noise)
+        step.latents = draw*step.latents + (1 - draw)*after(step.alpha_bar, known, noise)
     made = latents2pil(parts, step.latents)
     return [_pasted(image, mask, im) for im in made] if paste else made
 
@@ -319,7 +311,7 @@ def rescale(
     Lin et al. 2023, arXiv:2305.08891, eq. 14 to 16."""
     if not 0 <= real_number('phi', phi) <= 1:
         raise ValueError(f'phi={phi} is out of range. Give a number from 0 to 1.')
-    tensor('x', x, 'B C h w'); tensor('like', like, ' '.join(map(str, x.shape)))
+    same_shape(x=x, like=like); tensor('x', x, 'B C h w')
     std = lambda v: v.std((1, 2, 3), keepdim=True)
     return phi*x*std(like)/std(x) + (1 - phi)*x
 
@@ -342,17 +334,16 @@ class KeepText:
 def rescale_x0(
     parts: Parts,               # with a scheduler that asks once a step, such as DDIM
     kept: KeepText,             # the `combine` of the same run
-    num_inference_steps: int,   # of the run
+    num_inference_steps: int,   # of the run, if it leaves none out
     phi: float = .7,            # 0 leaves it, 1 rescales all of it
 ) -> Callable[[Step], None]:
     """A hook: rescale the picture that a step means instead of the noise, and let the loop go on from there. Errors as
     `after_step` and `rescale`; ValueError for a step without guidance."""
-    parts, after = take_apart(parts), after_step(parts, num_inference_steps)
-    shares = alpha_bar_at(*begin(parts.scheduler, num_inference_steps))
+    after = after_step(parts, num_inference_steps)
     def hook(step):
         if kept.text is None:
             raise ValueError('kept has seen no guidance. Give it to the loop as combine, '
                              'and a scale other than 0 or 1.')
-        x0 = rescale(step.x0, predict_x0(step.x_t, kept.text, shares[step.i]), phi)
-        step.latents, kept.text = after(step.i, x0, predict_noise(step.x_t, x0, shares[step.i])), None
+        x0 = rescale(step.x0, predict_x0(step.x_t, kept.text, step.alpha_bar), phi)
+        step.latents, kept.text = after(step.alpha_bar, x0, predict_noise(step.x_t, x0, step.alpha_bar)), None
     return hook

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from diffusers import AutoencoderKL
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import tensor, whole_number
+from ..checks import same_shape, tensor, whole_number
 from ..drawings import read_drawings
 from .data import compose, palette, placings, stack, styles
 from .loop import Trainer, accelerator, save_record, save_sheet
@@ -43,16 +43,6 @@ class RoundTrip(nn.Module):
         decoded = self.vae.decode(latents.mean + latents.std*noise).sample
         return decoded.float(), latents.mean.float(), latents.logvar.float()
 
-# %% ../../nbs/19_training_the_autoencoder.ipynb #2173481b
-def _alike(
-    y: Tensor,
-    x: Tensor,
-) -> None:
-    "TypeError or ValueError if these are no batches of pictures, or of different shapes."
-    tensor('y', y); tensor('x', x)
-    if y.ndim!=4 or y.shape!=x.shape:
-        raise ValueError(f'y has shape {tuple(y.shape)}, x {tuple(x.shape)}: give two batches of one shape.')
-
 # %% ../../nbs/19_training_the_autoencoder.ipynb #398d341d
 def edges(
     x: Tensor,   # (B, C, H, W)
@@ -66,7 +56,7 @@ def reconstruction_loss(
     x: Tensor,   # pixels as they were
 ) -> Tensor:
     "Mean of |y - x|, of its square, of the difference of the edges at two sizes. ValueError for two shapes."
-    _alike(y, x)
+    same_shape(y=y, x=x); tensor('y', y, 'N 3 H W')
     sharp = sum((a - b).abs().mean() for scale in (1, 2)
                 for a, b in zip(edges(F.avg_pool2d(y, scale)), edges(F.avg_pool2d(x, scale))))
     return (y - x).abs().mean() + (y - x).square().mean() + sharp/2
@@ -130,9 +120,8 @@ def autoencoder_loss(
 # %% ../../nbs/19_training_the_autoencoder.ipynb #abf10c9d
 def _pictures(pixels: Tensor) -> tuple[Tensor, ...]:
     "Pictures in groups of 20. ValueError for another shape."
-    tensor('pixels', pixels)
-    if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels) or pixels.shape[2]%8 or pixels.shape[3]%8:
-        raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give (N, 3, H, W), sides multiples of 8.')
+    *_, height, width = tensor('pixels', pixels, 'N 3 H W').shape
+    if height%8 or width%8: raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give sides that are multiples of 8.')
     return pixels.split(20)
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #e1b097f1
@@ -160,7 +149,7 @@ def psnr_of(
     x: Tensor,   # of the same shape, what they should be
 ) -> Tensor:
     "Peak signal-to-noise ratio of each picture, in dB: (N,). ValueError for two shapes."
-    _alike(y, x)
+    same_shape(y=y, x=x); tensor('y', y, 'N 3 H W')
     return -10*((y.clamp(-1, 1) - x)/2).square().mean((1, 2, 3)).log10()
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #f12dc1be
