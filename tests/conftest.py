@@ -120,7 +120,7 @@ def wheel(tmp_path_factory):
 @pytest.fixture
 def offline(monkeypatch):
     "No name of another host can be looked up."
-    def refuse(host, *args, **kw): raise OSError(f'a lesson asked for {host}: lessons run with no network')
+    def refuse(host, *args, **kw): raise OSError(f'{host} was asked for: this runs with no network')
     if not os.environ.get('NB_FLAGS'): monkeypatch.setattr(socket, 'getaddrinfo', refuse)
 
 

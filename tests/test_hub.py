@@ -365,7 +365,7 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
-def test_single_file(single, dtype):
+def test_single_file(single, offline, dtype):
     "A single file draws what the folder draws, with no network; its pipeline saves as a folder."
     theirs, ours = load_pipeline(single, 'cpu', dtype), load_pipeline(device='cpu', dtype=dtype)
     assert theirs.safety_checker is None and theirs.unet.dtype == dtype
@@ -394,7 +394,7 @@ def test_wrong_files(single, tmp_path):
 def test_pickles(tmp_path, load):
     "Pickles that would leave a trace are refused with reason and remedy, and leave none; so is a folder that has weights of that kind alone."
     trace = tmp_path/'trace'
-    for suffix in places.PICKLES:
+    for suffix in places.PICKLE_SUFFIXES:
         torch.save(Evil(trace), tmp_path/f'model{suffix}')
         with pytest.raises(ValueError, match=f'model{suffix}.*run any code.*safetensors'): load(tmp_path/f'model{suffix}')
     untrained().save_pretrained(tmp_path/'folder')

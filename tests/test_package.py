@@ -151,13 +151,18 @@ def test_lint():
     run(Path(sys.executable).with_name('ruff'), 'check', '--no-cache', ROOT)
 
 
-def test_lock_covers_requirements():
-    "Every requirement is pinned, at a version it allows, without builds for one kind of machine."
+def settings():
+    "What settings.ini says."
     ini = ConfigParser()
     ini.read(ROOT/'settings.ini')
+    return ini['DEFAULT']
+
+
+def test_lock_covers_requirements():
+    "Every requirement is pinned, at a version it allows, without builds for one kind of machine."
     pins = dict(line.split('==') for line in (ROOT/'lock.txt').read_text().splitlines())
     pins = {canonicalize_name(name): version for name, version in pins.items()}
-    wanted = [(canonicalize_name(r.name), r.specifier) for k, v in ini['DEFAULT'].items() if k.endswith('requirements') for r in map(Requirement, v.split())]
+    wanted = [(canonicalize_name(r.name), r.specifier) for k, v in settings().items() if k.endswith('requirements') for r in map(Requirement, v.split())]
     assert wanted and [name for name, spec in wanted if name not in pins or pins[name] not in spec] == []
     assert [f'{n}=={v}' for n, v in pins.items() if '+' in v or n.startswith(('nvidia', 'cuda', 'triton'))] == []
 
@@ -202,10 +207,11 @@ def test_licences(wheel):
 
 
 def test_citation():
-    "CITATION.cff has the fields that its format demands, and the version, licence and addresses of the package."
+    "CITATION.cff has the fields that its format demands, and the version, the code's licence and the addresses of the package."
     cite = yaml.safe_load((ROOT/'CITATION.cff').read_text())
     assert {'cff-version', 'message', 'title', 'authors'} <= set(cite) and cite['cff-version'] == '1.2.0' and cite['type'] == 'software'
     assert cite['version'] == sd_deepdive.__version__ and f"## {cite['version']}" in (ROOT/'CHANGELOG.md').read_text()
+    assert cite['license'] == settings()['license'].split(' AND ')[0] and cite['license'].startswith('Apache') and 'Apache License' in (ROOT/'LICENSE').read_text()
     assert (cite['repository-code'], cite['url']) == (f'https://github.com/{CFG.user}/{CFG.repo}', CFG.doc_url)
 
 

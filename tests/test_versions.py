@@ -17,8 +17,9 @@ from sd_deepdive.scratch.samplers import SAMPLERS
 
 LIBRARIES = ['diffusers', 'transformers']
 LEVELS = dict(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', steps_offset=1)
-CHECKS = ['-o', 'filterwarnings=default', 'tests/test_versions.py', 'tests/test_by_hand.py', 'tests/test_model.py',     # their warnings are not ours
-          '-k', 'test_steps or test_another_model or test_sampler_of_each or test_plain_diffusers or test_folder_and_safety']
+CHECKS = ['tests/test_versions.py::test_steps_equal', 'tests/test_by_hand.py::test_another_model_equals_the_library',
+          'tests/test_by_hand.py::test_sampler_of_each_kind', 'tests/test_model.py::test_plain_diffusers_makes_the_same_pictures',
+          'tests/test_model.py::test_folder_and_safety_checker', '-o', 'filterwarnings=default']      # their warnings are not ours
 
 
 def follow(scheduler, **options):
