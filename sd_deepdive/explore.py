@@ -37,6 +37,8 @@ def explorer(
     "Controls with a picture below them, drawn again when one of them changes. TypeError or ValueError for no controls."
     whole_number('side', side, 1)
     if not callable(draw): raise TypeError(f'draw={draw!r} cannot be called. Give a function of the controls.')
+    for name, c in controls.items():
+        if not isinstance(c, widgets.Widget): raise TypeError(f'{name}={c!r} is no control. Give a widget, such as ipywidgets.IntSlider().')
     shown, message = widgets.Image(format='png'), widgets.HTML()
     def update(change=None):
         with warnings.catch_warnings(record=True) as remarks:
@@ -89,7 +91,8 @@ def explore_strength(
     steps: int = 20,   # of a whole run
 ) -> widgets.VBox:
     "A drawing to start from (shown on the left), a prompt, the strength, a seed. DDIM steps."
-    parts = with_scheduler(parts, 'DDIM'); whole_number('steps', steps, 1, 1000)
+    parts = with_scheduler(parts, 'DDIM')
+    whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
     starts = {d.caption: fit_picture(d.image, parts.side, parts.side) for d in drawings(style='noto')}
     def draw(start, prompt, strength, seed):
         kept = round((1 - strength)*steps)
@@ -106,7 +109,8 @@ def explore_film(
     steps: int = 20,                     # of a whole run
 ) -> widgets.VBox:
     "A prompt, a seed, and a step to look at: the noisy latents on the left, the picture they are taken for on the right."
-    parts = take_apart(parts); whole_number('steps', steps, 1, 1000)
+    parts = take_apart(parts)
+    whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
     @lru_cache(8)
     def latents(prompt, seed):
         run = denoise(parts, start_latents(parts, make_noise(parts, seed), steps), text_enc(parts, prompt),
@@ -163,7 +167,8 @@ def explore_attention(
 ) -> widgets.VBox:
     """A prompt, one of its tokens, a step, a seed: on the left what the UNet has in mind, on the right where the
     token is looked at, in the finest layers; words are compared among themselves. DDIM steps."""
-    parts = unet_by_hand(with_scheduler(parts, 'DDIM')); whole_number('steps', steps, 1, 1000)
+    parts = unet_by_hand(with_scheduler(parts, 'DDIM'))
+    whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
     labels = lambda prompt: [f'{i} {name}' for i, name in enumerate(token_names(parts, prompt))]
     watched = lru_cache(4)(lambda prompt, seed: _watched(parts, prompt, seed, steps))
     def draw(prompt, token, step, seed):

@@ -20,8 +20,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from PIL import Image
 from fastdownload import FastDownload, download_url
-from .checks import pair_wishes, real_number, whole_number
-from .images import _loaded, fit_picture
+from .checks import pair_wishes, real_number, text, whole_number
+from .images import TooLarge, fit_picture, load_picture
 from .models import StableDiffusionPipeline, draw_in_batches
 from .schedule import set_timesteps
 
@@ -58,14 +58,6 @@ def skipped_steps(
                          f'Give at least {ceil(1000/num_inference_steps)/1000:g}.')
     return num_inference_steps - run
 
-# %% ../nbs/03_image_to_image.ipynb #e09a6aa8
-def _start(image: Image.Image, side: int) -> Image.Image:
-    "The picture to start from, made to fit. TypeError for no picture, ValueError if it cannot be read."
-    if not isinstance(image, Image.Image):
-        raise TypeError(f'init_image is of type {type(image).__name__}, not a PIL picture. '
-                        'Open a file with PIL.Image.open, convert an array with PIL.Image.fromarray.')
-    return fit_picture(_loaded(image, 'init_image'), side, side)
-
 # %% ../nbs/03_image_to_image.ipynb #0865c099
 def image_to_image(
     pipe: StableDiffusionPipeline,    # from `load_pipeline`
@@ -81,7 +73,8 @@ def image_to_image(
     """A picture for each prompt and seed, from one start. Meng et al. 2021, arXiv:2108.01073.
     ValueError or TypeError for a wrong argument, MemoryError where the memory is not enough."""
     img2img = img2img_pipeline(pipe)
-    start = _start(init_image, pipe.unet.config.sample_size*pipe.vae_scale_factor)
+    side = pipe.unet.config.sample_size*pipe.vae_scale_factor
+    start = fit_picture(load_picture(init_image, 'init_image'), side, side)
     set_timesteps(img2img.scheduler, num_inference_steps)    # an error if it cannot walk so many
     run = num_inference_steps - skipped_steps(strength, num_inference_steps)
     whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
@@ -94,7 +87,7 @@ def image_to_image(
 # %% ../nbs/03_image_to_image.ipynb #48db03b6
 def _place(url: str, folder: str | Path | None) -> Path:
     "The file for what lies at an address; its folder is made. TypeError or ValueError for what cannot be."
-    if not isinstance(url, str): raise TypeError(f'url is of type {type(url).__name__}, not text. Give an address.')
+    text('url', url, 'an address')
     try: (address := urlsplit(url)).port     # asking for the port checks it
     except ValueError: address = None
     if not address or address.scheme not in ('http', 'https', 'file') or not url.isprintable():
@@ -127,12 +120,15 @@ def fetch_picture(
     url: str,                         # https://..., or file://...
     folder: str | Path | None = None, # to keep it in; default: fastdownload's, ~/.fastdownload/archive
 ) -> Image.Image:
-    "A picture by its address, fetched once. ConnectionError: no answer; ValueError: no address, no picture."
+    "A picture by its address, fetched once. ConnectionError: no answer; ValueError: no address, no picture, too large a one."
     file = _place(url, folder)
     if not file.exists(): _download(url, file)
-    try: image = _loaded(Image.open(file))
+    try:
+        with Image.open(file) as image: return load_picture(image, url)
+    except (TooLarge, MemoryError): raise      # the file is good: it stays
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as e:
+        raise TooLarge(f'{url} was fetched and not opened ({e}). Raise PIL.Image.MAX_IMAGE_PIXELS if you trust it.') from None
     except Exception:         # the readers of the many formats raise errors of many kinds
         file.unlink()
         raise ValueError(f'{url} gave no picture that can be read. '
                          'Open the address in a browser to see what is there.') from None
-    return image

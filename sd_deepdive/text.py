@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
-from .checks import enough_memory, texts, whole_number
+from .checks import enough_memory, text as check_text, texts, whole_number
 from .parts import Parts, take_apart
 
 # %% ../nbs/07_text_encoder.ipynb #9b893b6d
@@ -22,8 +22,7 @@ def cut_off(
     max_length: int | None = None,   # tokens; default: what the text encoder reads, 77 in Stable Diffusion
 ) -> str:
     "The end of a prompt, as written, that the encoder never sees; empty if it sees all. TypeError: no text."
-    if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
-    texts('prompt', prompt)
+    check_text('prompt', prompt)
     if not hasattr(tokenizer, 'model_max_length'):
         raise TypeError(f'tokenizer is of type {type(tokenizer).__name__}. Give parts.tokenizer, say.')
     most = tokenizer.model_max_length

@@ -19,7 +19,7 @@ from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
-from .checks import file_path, texts, whole_file
+from .checks import file_path, text, texts, whole_file
 from .parts import Parts
 
 # %% ../nbs/04_textual_inversion.ipynb #1766c344
@@ -38,9 +38,7 @@ def word_vector(
 ) -> Tensor:
     "A copy of a word's row (D,) of the token table. TypeError if it is no text, ValueError if not one token."
     tokenizer, text_encoder = _pair(model)
-    if not isinstance(word, str):
-        raise TypeError(f'word={reprlib.repr(word)} is not text. Give one word, such as "blue".')
-    ids = tokenizer(word, add_special_tokens=False).input_ids
+    ids = tokenizer(text('word', word, 'one word, such as "blue"'), add_special_tokens=False).input_ids
     if len(ids)!=1:
         pieces = tokenizer.convert_ids_to_tokens(ids)
         raise ValueError(f'word={word!r} is {len(ids)} tokens, {pieces}. Give one token, such as "blue".')

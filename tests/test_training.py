@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from conftest import ROOT, launch, run
 from sd_deepdive.drawings import drawings, read_drawings, write_drawings
 from sd_deepdive.models import load_pipeline, text_to_image
 from sd_deepdive.places import embedded_folder
+from sd_deepdive.schedule import add_noise
 from sd_deepdive.training.clip import load_clip
 from sd_deepdive.training.data import caption, compose, stack, styles, things
+from sd_deepdive.training.diffusion import noise_loss
 from sd_deepdive.training.loop import Trainer
 from sd_deepdive.training.sources import held_out_pairs
 
@@ -91,6 +94,15 @@ def test_killed(script, unbroken, tmp_path):
     killed = end(tmp_path)
     assert kills == 3 and torch.equal(killed['losses'], unbroken['losses'])
     assert all(torch.equal(killed['weights'][k], w) for k, w in unbroken['weights'].items())
+
+
+def test_noise_loss():
+    "The loss is its equation, bit for bit, also when the schedule has been carried to the device before."
+    g, alphas_cumprod, t = torch.Generator().manual_seed(0), torch.linspace(.999, .005, 1000), torch.tensor([0, 500, 999])
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=g)
+    x_t = add_noise(latents, noise, alphas_cumprod[t])
+    loss, half = noise_loss(alphas_cumprod), lambda x, t, text: SimpleNamespace(sample=x/2)
+    for _ in range(2): assert torch.equal(loss(half, latents, None, t, noise), (x_t/2 - noise).square().mean((1, 2, 3)).mean())
 
 
 def test_checkpoint_that_is_none(tmp_path):

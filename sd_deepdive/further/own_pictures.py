@@ -11,7 +11,6 @@ __all__ = ['Example', 'read_captions', 'problems', 'is_held_out', 'split', 'enco
 # %% ../../nbs/26_your_own_pictures.ipynb #43e5b6fb
 import csv
 import hashlib
-import shutil
 import torch
 import warnings
 from collections.abc import Callable, Sequence
@@ -20,14 +19,16 @@ from fastcore.script import call_parse
 from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
+from tempfile import TemporaryDirectory
 from ..checks import file_path, real_number, whole_number
 from ..images import fit_picture
 from ..latents import pil2latent
-from ..models import StableDiffusionPipeline, _quiet as quiet
+from ..models import StableDiffusionPipeline, quiet
 from ..parts import Parts, load_parts, take_apart
+from ..places import PARTS
 from ..sampling import make_samples
 from ..text import cut_off, text_enc
-from ..training.adapt import add_lora, merge_lora, picture_batches
+from ..training.adapt import add_lora, lora_layers, merge_lora, picture_batches
 from ..training.clip import token_ids
 from ..training.diffusion import losses_at, noise_loss
 from ..training.loop import Trainer, save_record, save_sheet
@@ -192,16 +193,23 @@ def fine_tune(
     every: int = 250,                 # steps between checkpoints, and between reports
     seed: int = 0,                    # of all that is random
 ) -> list[float]:
-    "Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`."
-    whole_number('steps', steps, 1)
+    """Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`; after one, or after
+    Ctrl-C, no LoRA is left in the model."""
+    for name, value in dict(steps=steps, batch=batch, every=every).items(): whole_number(name, value, 1)
     torch.manual_seed(whole_number('seed', seed, 0))
+    draw = caption_batches(parts, latents, captions, batch)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
     if whole_number('rank', rank, 0): add_lora(parts.unet, rank)
     learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)
     def loss(learner, latents, ids, t, noise): return predict(parts.unet, latents, learner(ids), t, noise)
     average = min(.995, max(.9, 1 - 10/steps))     # over the last tenth of the steps, about
-    trainer = Trainer(learner, steps, lr, folder, seed=seed, warmup=10, decay=.5, ema_decay=average)
-    losses = trainer.fit(caption_batches(parts, latents, captions, batch), loss, report, every)
+    try:
+        trainer = Trainer(learner, steps, lr, folder, seed=seed, warmup=10, decay=.5, ema_decay=average)
+        losses = trainer.fit(draw, loss, report, every)
+    except BaseException:
+        if rank:
+            for name, layer in lora_layers(parts.unet).items(): parts.unet.set_submodule(name, layer.linear)
+        raise
     with torch.no_grad(): learner.table.weight[learner.ids] = learner.rows
     if rank: merge_lora(parts.unet)
     return losses
@@ -230,6 +238,15 @@ def copies(
     which, cosine = nearest(made, train)
     return which, [1 - c for c in cosine], 1 - max(nearest(held, train)[1])
 
+# %% ../../nbs/26_your_own_pictures.ipynb #21a04131
+def _take_place(new: Path, folder: Path, old: Path):
+    "Put a new folder where there may be one; that one is put back if this fails."
+    if folder.exists(): folder.replace(old)
+    try: new.replace(folder)
+    except BaseException:
+        if old.exists(): old.replace(folder)
+        raise
+
 # %% ../../nbs/26_your_own_pictures.ipynb #2f7995f3
 def save_model(
     parts: Parts,   # of a model; a pipeline will do too
@@ -238,21 +255,18 @@ def save_model(
     """Write a model in the layout of diffusers, as a whole or not at all. ValueError for a folder of something else,
     OSError if it cannot be written."""
     folder, parts = file_path('folder', folder), take_apart(parts)
-    if folder.exists() and not (folder/'model_index.json').is_file():
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'model_index.json').is_file():
         raise ValueError(f'folder={str(folder)!r} holds something else than a model. Give a new one.')
-    named = {name: getattr(parts, name) for name in ('tokenizer', 'text_encoder', 'unet', 'vae', 'scheduler')}
+    named = {name: getattr(parts, name) for name in PARTS}
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    part, old = folder.with_name(folder.name + '.part'), folder.with_name(folder.name + '.old')
-    for left in part, old: shutil.rmtree(left, ignore_errors=True)
     try:
-        with quiet(): StableDiffusionPipeline(**named, **none).save_pretrained(part)
-        if folder.exists(): folder.replace(old)
-        part.replace(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as beside, quiet():
+            StableDiffusionPipeline(**named, **none).save_pretrained(new := Path(beside)/'new')
+            _take_place(new, folder, Path(beside)/'old')
     except (OSError, RuntimeError, SafetensorError) as e:
         raise OSError(f'{folder} cannot be written ({f"{e} ".splitlines()[0].strip()}). '
                       'Make room there, or give another place.') from None
-    finally: shutil.rmtree(part, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9
 @call_parse

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from ..checks import tensor, texts as check_texts, whole_file, whole_number
 from ..drawings import Drawing, read_drawings
-from ..models import _quiet as quiet
+from ..models import quiet
 from ..places import embedded_folder
 from .data import BACKGROUNDS, caption, compose, palette, placings, stack, styles, things
 from .loop import Trainer, accelerator, save_record
@@ -95,7 +95,7 @@ def embed_text(
 @patch
 def embed_picture(
     self: Clip,
-    pixels: Tensor,   # as large as the tower sees them
+    pixels: Tensor,   # of any size
 ) -> Tensor:
     "Unit vectors (B, width) of pictures (B, 3, H, W), -1 to 1."
     return F.normalize(self.picture(pixels), dim=-1)
@@ -112,7 +112,7 @@ def forward(
 # %% ../../nbs/20_text_meets_pictures.ipynb #ae70209e
 def token_ids(
     tokenizer: CLIPTokenizer,   # the text encoder's
-    texts: Sequence[str],       # any number
+    texts: Sequence[str],       # one or more, in a list
 ) -> Tensor:
     "The ids of texts (B, 77), cut off and filled up. ValueError for no list of texts."
     if isinstance(texts, str): raise ValueError(f'texts={texts!r} is not a list of texts. Give at least one, in a list.')

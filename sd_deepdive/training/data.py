@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from functools import cache
 import numpy as np
 from ..checks import real_number, tensor, whole_number
-from ..drawings import Drawing
+from ..drawings import Drawing, check_drawings
 from .sources import recipe, sources
 from torch import Tensor
 
@@ -42,8 +42,7 @@ def stack(
 ) -> Tensor:
     """Drawings as bytes (N, 4, H, W): red, green and blue already multiplied by the fourth, alpha.
     ValueError for none, or for two sizes. Porter and Duff 1984, section 3."""
-    if wrong := [d for d in drawings if not isinstance(d, Drawing)]:
-        raise TypeError(f'drawings holds a {type(wrong[0]).__name__}. Give a list of drawings.')
+    drawings = check_drawings(drawings)
     sizes = {d.image.size for d in drawings}
     if len(sizes)!=1:
         raise ValueError(f'drawings have the sizes {sorted(sizes)}. Give at least one, and all of one size.')
@@ -67,7 +66,7 @@ def _check_shapes(rgba: Tensor, colours: Tensor, matrix: Tensor | None) -> None:
     if matrix is not None and not tensor('matrix', matrix).is_floating_point():
         raise TypeError(f'matrix holds {matrix.dtype}. Give float32 values, as placings does.')
     if rgba.ndim!=4 or rgba.shape[1]!=4 or rgba.dtype!=torch.uint8:
-        raise ValueError(f'rgba is {tuple(rgba.shape)}, {rgba.dtype}. Give bytes (B, 4, H, W), from `stack`.')
+        raise ValueError(f'rgba has shape {tuple(rgba.shape)} and holds {rgba.dtype}. Give drawings as bytes (B, 4, H, W): stack makes them.')
     n = len(rgba)
     if colours.shape!=(n, 3):
         raise ValueError(f'colours has shape {tuple(colours.shape)}. Give ({n}, 3), one for each drawing.')
@@ -170,7 +169,7 @@ def distances(
     matrix: Tensor | None = None,  # (N, 2, 3): those to compare with are placed like this
 ) -> Tensor:
     "Mean squared difference (N, N) of drawings from drawings, on white, at 16 x 16 pixels of 0 to 1."
-    x = _small(rgba)
+    x = _small(tensor('rgba', rgba, 'N 4 H W'))
     return torch.cdist(x, x if matrix is None else _small(rgba, matrix)).square()/x.shape[1]
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #faa77ed0
@@ -179,7 +178,7 @@ def near_duplicates(
     limit: float = .02,      # mean squared difference on white, pixels 0 to 1
 ) -> list[tuple[int, int]]:
     "Pairs (i, j), i < j, of drawings that look alike, the nearest first: compared at 16 x 16 pixels."
-    apart = distances(rgba)
+    apart, limit = distances(rgba), real_number('limit', limit)
     i, j = (torch.ones_like(apart).triu(1).bool() & (apart < limit)).nonzero().T
     order = apart[i, j].argsort()
     return [*zip(i[order].tolist(), j[order].tolist())]

@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from fastcore.script import call_parse
+from functools import lru_cache
 from pathlib import Path
-from ..checks import tensor, whole_number
-from ..drawings import Drawing, read_drawings
-from ..parts import Parts, load_parts
+from ..checks import file_path, tensor, whole_number, whole_numbers
+from ..drawings import Drawing, check_drawings, read_drawings
+from ..parts import Parts, load_parts, take_apart
 from ..sampling import make_samples
 from ..schedule import add_noise
 from .clip import token_ids
@@ -59,8 +60,8 @@ def text_states(
     parts: Parts,           # tokenizer and text encoder are used
     texts: Sequence[str],   # captions
 ) -> Tensor:
-    "The hidden states of texts, (N, 77, D), in half precision."
-    states = []
+    "The hidden states of texts, (N, 77, D), in half precision. TypeError or ValueError for what are no parts, or no texts."
+    parts, states = take_apart(parts), []
     with torch.no_grad():
         for ids in token_ids(parts.tokenizer, texts).split(64):
             states.append(parts.text_encoder(ids.to(parts.device)).last_hidden_state.half().cpu())
@@ -88,8 +89,7 @@ def prepare(
     seed: int = 0,                 # of places and captions
 ) -> Prepared:
     "Encode drawings and captions once and for all: the autoencoder and the text encoder stay as they are."
-    if wrong := [d for d in drawings if not isinstance(d, Drawing)]:
-        raise TypeError(f'drawings holds a {type(wrong[0]).__name__}. Give drawings of the course.')
+    parts, drawings = take_apart(parts), check_drawings(drawings)
     if not drawings: raise ValueError('drawings is empty: give at least one.')
     for name, value, least in (('white', white, 1), ('captions', captions, 1), ('seed', seed, 0)): whole_number(name, value, least)
     g, rng, latents, states, texts = torch.Generator().manual_seed(seed), random.Random(seed), [], [], []
@@ -100,7 +100,7 @@ def prepare(
         texts.append([caption(d, name, rng) for name in names])
         states.append(text_states(parts, texts[-1]))
     empty = text_states(parts, [''])[0]
-    return Prepared([*drawings], torch.stack(latents), torch.stack(states), empty, texts)
+    return Prepared(drawings, torch.stack(latents), torch.stack(states), empty, texts)
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #07413c2d
 def things_at(
@@ -108,8 +108,11 @@ def things_at(
     stages: Sequence[tuple[int, int]],   # (things, last step of the stage)
 ) -> int:
     "How many things are learned at this step. ValueError for a step after the last stage."
+    whole_number('step', step, 0)
+    if not isinstance(stages, Sequence) or not all(isinstance(stage, Sequence) and len(stage)==2 for stage in stages):
+        raise TypeError(f'stages={stages!r} holds no pairs. Give some, such as [(24, 1500), (100, 12500)].')
     for n, end in stages:
-        if step < end: return n
+        if step < whole_number('stages', end, 1): return whole_number('stages', n, 1)
     raise ValueError(f'step={step} comes after the last stage. stages={[*stages]}: give one that ends later.')
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #be76f016
@@ -147,8 +150,9 @@ def noise_loss(
     weight: Callable | None = None,      # of alpha-bar (B,): how much each time counts; default: all the same
 ) -> Callable:
     "`loss` for `Trainer.fit`: how wrong the predicted noise is. Ho et al. 2020, arXiv:2006.11239, eq. 14."
+    schedule_on = lru_cache(tensor('alphas_cumprod', alphas_cumprod, 'times').to)    # carried to a device once
     def loss(unet: nn.Module, latents: Tensor, text: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        alpha_bar = alphas_cumprod.to(t.device)[t]
+        alpha_bar = schedule_on(t.device)[t]
         x_t = add_noise(latents, noise, alpha_bar).contiguous(memory_format=torch.channels_last)
         error = (unet(x_t, t, text).sample.float() - noise).square().mean((1, 2, 3))
         return (error if weight is None else error*weight(alpha_bar)).mean()
@@ -167,8 +171,10 @@ def losses_at(
     "The plain loss at each time, on the same pictures with the same noise. TypeError or ValueError for other shapes."
     tensor('latents', latents, 'N 4 h w'); tensor('alphas_cumprod', alphas_cumprod, 'times')
     tensor('text', text, f'{len(latents)} tokens' + ' D'*(getattr(text, 'ndim', 3)!=2))
+    times, seed = whole_numbers('times', times, 0, len(alphas_cumprod) - 1), whole_number('seed', seed, 0, 2**64 - 1)
+    if not callable(getattr(unet, 'parameters', None)): raise TypeError(f'unet is of type {type(unet).__name__}. Give a network that predicts noise.')
     device = next(unet.parameters()).device
-    z, text = latents.float().to(device), text.float().to(device)
+    z, text = latents.float().to(device), (text.float() if text.is_floating_point() else text).to(device)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     loss = noise_loss(alphas_cumprod)
     return [loss(unet, z, text, torch.full((len(z),), t, device=device), noise).item() for t in times]
@@ -213,7 +219,7 @@ def load_start(
     device: torch.device,   # where they compute
 ) -> Parts:
     "The parts to train the UNet with, in single precision."
-    parts = load_parts(device=device, dtype=torch.float32)
+    parts, folder = load_parts(device=device, dtype=torch.float32), file_path('folder', folder)
     made = dict(vae=(AutoencoderKL, folder/'autoencoder'/'vae'),
                 text_encoder=(CLIPTextModel, folder/'text'/'text_encoder'))
     new = {name: kind.from_pretrained(place) for name, (kind, place) in made.items() if place.exists()}
@@ -225,12 +231,15 @@ def prepared_once(
     parts: Parts,                  # as `prepare` takes them
     drawings: Sequence[Drawing],   # to learn from
 ) -> Prepared:
-    "What `prepare` returns, from the file if it is there."
+    "What `prepare` returns, from the file if it is there. ValueError if it is not of so many drawings."
+    cache, drawings = file_path('cache', cache), check_drawings(drawings)
     if not cache.exists(): save_whole(cache, vars(prepare(parts, drawings)) | dict(drawings=None))
     state = read_state(cache)
-    if state.keys()!={field.name for field in fields(Prepared)}:
+    if state.keys()!={field.name for field in fields(Prepared)} or not isinstance(state['latents'], Tensor):
         raise ValueError(f'{cache} was not made by prepare. Remove the file.')
-    return Prepared(**state | dict(drawings=[*drawings]))
+    if (n := len(state['latents']))!=len(drawings):
+        raise ValueError(f'{cache} holds {n} drawings, {len(drawings)} are given. Remove the file, or give those that it was made of.')
+    return Prepared(**state | dict(drawings=drawings))
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a21c0de1
 def diffusion_report(
@@ -271,7 +280,7 @@ def train_diffusion(
     stages: str = '24:1500 100:12500',   # things:last step, and so on
     batch: int = 16,                     # pictures in each
     lr: float = 1e-3,                    # learning rate at its highest
-    decay: float = .3,                   # of the weights
+    decay: float = .3,                   # part of the steps in which the rate falls
     coloured: float = .15,               # part of the pictures on a colour
     precision: str = 'no',               # or 'bf16'
     weights: Path | None = None,         # a UNet to start from

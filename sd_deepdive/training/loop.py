@@ -154,10 +154,10 @@ def step(self: Trainer,
     "One step of all processes. FloatingPointError if the loss is not finite."
     mine, acc = share(batch, self.acc), self.acc
     with acc.autocast(): value = loss(self.trained, **mine)
-    mean = acc.reduce(value.detach(), 'mean').item()
-    if not math.isfinite(mean): self.stop(mean, batch)
     self.prepared.zero_grad()
     acc.backward(value)
+    mean = acc.reduce(value.detach(), 'mean').item()    # waits for the device: after the work is handed to it
+    if not math.isfinite(mean): self.stop(mean, batch)
     acc.clip_grad_norm_(self.trained.parameters(), 1.)
     self.prepared.step()
     self.schedule.step()

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from ..checks import tensor
 from scipy.linalg import eigvals
-from ..drawings import Drawing, read_drawings
+from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts
 from ..sampling import make_samples
 from .autoencoder import psnr_of, round_trips
@@ -49,7 +49,7 @@ def load_judge(
 
 # %% ../../nbs/00_quality.ipynb #98ebc60c
 def features(
-    judge: PictureTower,   # from `load_clip`
+    judge: PictureTower,   # from `load_judge`
     pixels: Tensor,        # (N, 3, H, W), -1 to 1
 ) -> Tensor:
     "What the judge sees in each picture: unit vectors (N, width). ValueError for what are no pictures."
@@ -62,6 +62,7 @@ def on_white(
     drawings: Sequence[Drawing],   # of one size
 ) -> Tensor:
     "Drawings on white: pixels (N, 3, H, W), -1 to 1."
+    drawings = check_drawings(drawings)
     parts = [drawings[k:k + 500] for k in range(0, len(drawings), 500)]
     return torch.cat([compose(stack(part), torch.ones(len(part), 3)) for part in parts])
 
@@ -126,7 +127,7 @@ def resampled(
 
 # %% ../../nbs/00_quality.ipynb #68792554
 def quality_rows(
-    judge: PictureTower,           # from `load_clip`
+    judge: PictureTower,           # from `load_judge`
     made: Tensor,                  # pictures of a model (N, 3, H, W)
     back: Tensor,                  # the real drawings of these captions, through the autoencoder: same shape
     wanted: Sequence[Drawing],     # these drawings (N)
@@ -143,7 +144,7 @@ def quality_rows(
 @torch.no_grad()
 def quality(
     parts: Parts,                  # of the model that is judged
-    judge: PictureTower,           # from `load_clip`
+    judge: PictureTower,           # from `load_judge`
     wanted: Sequence[Drawing],     # captions to draw
     drawings: Sequence[Drawing],   # among which the judge finds the nearest
     guidance_scale: float = 3.,    # how strictly captions are followed

@@ -96,6 +96,7 @@ def letters(
     "The letters and digits of a name: by them it is found in a set that spells it differently."
     return re.sub('[^a-z0-9]', '', ascii_words(name))
 
+# %% ../../nbs/00_sources.ipynb #f00e1bde
 def plain_name(
     text: str,   # as a set of pictures writes it
 ) -> str:
