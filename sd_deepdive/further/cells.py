@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label
-from ..checks import real_number, whole_number
+from ..checks import file_path, real_number, whole_file, whole_number, whole_numbers
 from ..images import on_colour
 
 # %% ../../nbs/00_cells.ipynb #5e2c9898
@@ -84,7 +84,11 @@ def cell(
     radius: float,              # pixels
     rng: np.random.Generator,   # of where it turns and bends
 ) -> tuple[np.ndarray, np.ndarray]:
-    "How much stain one cell holds at each pixel, and where the cell is: both (SIDE, SIDE)."
+    """How much stain one cell holds at each pixel, and where the cell is: both (SIDE, SIDE). ValueError for no place,
+    or an unknown form."""
+    if np.ndim(at)!=1 or len(at)!=2: raise ValueError(f'at={at!r} is no place. Give row and column.')
+    if shape not in [*FORMS]: raise ValueError(f'shape={shape!r} is not known. Give one of {", ".join(FORMS)}.')
+    if real_number('radius', radius)<=0: raise ValueError(f'radius={radius}. Give a number above 0.')
     y, x = np.mgrid[:SIDE, :SIDE] - np.reshape(at, (2, 1, 1))
     turn, (a, b) = rng.uniform(0, np.pi), FORMS[shape]
     u, v = (x*np.cos(turn) + y*np.sin(turn))/radius, (y*np.cos(turn) - x*np.sin(turn))/radius
@@ -103,8 +107,9 @@ def scatter(
     rng: np.random.Generator,   # of the places
 ) -> np.ndarray:
     """Centres (count, 2) at random, apart from each other and from the edge; nearer where there is no room.
-    TypeError or ValueError for no number of cells."""
+    TypeError or ValueError for no number of cells, or no reach."""
     whole_number('count', count, 1)
+    if not 0 < real_number('reach', reach) < SIDE/2: raise ValueError(f'reach={reach}. Give a number between 0 and {SIDE//2}.')
     while True:
         for _ in range(200):
             at = rng.uniform(reach, SIDE - reach, (count, 2))
@@ -153,19 +158,19 @@ def write_cells(
     patients: Sequence[int],  # their numbers
     each: int = 8,            # pictures of a patient
 ) -> None:
-    "Pictures as PNG, and `captions.csv` with a line for each: file, caption, patient. Errors as `patient`."
+    """Pictures as PNG, and `captions.csv` with a line for each: file, caption, patient. Errors as `patient`; OSError for a place
+    that cannot be written."""
     whole_number('each', each, 1)
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for p in patients:
+    folder, rows = file_path('folder', folder), []
+    for p in whole_numbers('patients', patients, 0):
         rng = np.random.default_rng([1, p])
         for k in range(each):
             cells, file = some_cells(rng), f'P{p:02}-{k}.png'
-            draw_cells(cells, patient(p), 1000*p + k)[0].save(folder/file)
+            image, _ = draw_cells(cells, patient(p), 1000*p + k)
+            with whole_file(folder/file) as part: image.save(part, 'png')
             rows.append((file, cells.caption, f'P{p:02}'))
-    part = folder/'captions.part'
-    with part.open('w', newline='') as f: csv.writer(f).writerows([('file', 'caption', 'patient'), *rows])
-    part.replace(folder/'captions.csv')
+    with whole_file(folder/'captions.csv') as part, part.open('w', newline='', encoding='utf-8') as f:
+        csv.writer(f).writerows([('file', 'caption', 'patient'), *rows])
 
 # %% ../../nbs/00_cells.ipynb #669ae2b6
 def optical_density(

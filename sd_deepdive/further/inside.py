@@ -18,9 +18,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from matplotlib import colormaps
-from PIL import Image, ImageDraw
+from PIL import Image, ImageColor, ImageDraw
 from torch import Tensor
-from ..checks import real_number, same_shape, tensor, whole_number
+from ..checks import real_number, same_shape, tensor, whole_number, whole_numbers
 from ..images import on_colour
 from ..parts import Parts, take_apart
 from ..prediction import predict_x0
@@ -38,6 +38,10 @@ def attention_weights(
 ) -> Tensor:
     """softmax(q k'/sqrt(d)) in each head: (B, heads, N, M), rows that sum to 1. Without a text the places ask
     each other, and M is N. Vaswani et al. 2017, arXiv:1706.03762, eq. 1."""
+    if not isinstance(layer, Attention):
+        raise TypeError(f'layer is of type {type(layer).__name__}. Give an attention of unet_by_hand(parts).unet.')
+    if not isinstance(text, KeysValues | None): tensor('text', text, 'B M D')
+    tensor('x', x, 'B N width')
     if text is None: k = layer.to_k(x)
     else: k, _ = text[layer] if isinstance(text, KeysValues) else layer.read(text)
     q, k = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in (layer.to_q(x), k))
@@ -104,6 +108,19 @@ def unet_by_hand(
     unet.load_state_dict(parts.unet.state_dict(), assign=True)
     return replace(parts, unet=unet.eval().requires_grad_(False))
 
+# %% ../../nbs/23_look_inside.ipynb #047a7084
+def _checked_looks(looks) -> list[Look]:
+    "The looks. TypeError or ValueError for what are none."
+    if not isinstance(looks, Sequence) or not all(isinstance(look, Look) for look in looks):
+        raise TypeError(f'looks is of type {type(looks).__name__}, or holds something else. Give what watch_attention collects.')
+    if not looks: raise ValueError('looks is empty: draw something inside watch_attention.')
+    return list(looks)
+
+def _two_sides(size) -> list[int]:
+    "Height and width. TypeError or ValueError for what are none."
+    if len(sides := whole_numbers('size', size, 1))!=2: raise ValueError(f'size={size!r} is no size. Give height and width.')
+    return sides
+
 # %% ../../nbs/23_look_inside.ipynb #9c6ebdda
 def token_maps(
     looks: Sequence[Look],   # all of them, or those of some steps or layers
@@ -112,11 +129,10 @@ def token_maps(
 ) -> Tensor:
     """The mean over looks and heads, for each token a map: (pictures, M, h, w); at each place they sum to 1.
     ValueError for looks that are none, or of two kinds. Tang et al. 2022, arXiv:2210.04885, section 2."""
-    if not looks: raise ValueError('looks is empty: draw something inside watch_attention.')
-    if len(sizes := {look.weights.shape[-1] for look in looks})>1:
+    if len(sizes := {look.weights.shape[-1] for look in _checked_looks(looks)})>1:
         raise ValueError(f'looks go to {sorted(sizes)} tokens or places. Give looks of one kind.')
     whole_number('pictures', pictures, 1, min(len(look.weights) for look in looks))
-    size = size or max(tuple(look.weights.shape[2:4]) for look in looks)
+    size = _two_sides(size) if size is not None else max(tuple(look.weights.shape[2:4]) for look in looks)
     total = 0
     for look in looks:
         maps = look.weights[-pictures:].float().mean(1).permute(0, 3, 1, 2)
@@ -142,7 +158,7 @@ def among_words(
     words: int,     # tokens between start and end: len(token_names(...)) - 2
 ) -> Tensor:
     "Each word's share of what all words get, at each place: (pictures, words, h, w). ValueError for no words."
-    if maps.ndim!=4: raise ValueError(f'maps has shape {tuple(maps.shape)}. Give (pictures, M, h, w).')
+    tensor('maps', maps, 'pictures M h w')
     whole_number('words', words, 1, maps.shape[1] - 1)
     maps = maps[:, 1:words + 1]
     return maps/maps.sum(1, keepdim=True).clamp(min=1e-12)
@@ -157,7 +173,7 @@ def lay_over(
     picture = on_colour(picture)
     if not 0 <= real_number('opacity', opacity) <= 1:
         raise ValueError(f'opacity={opacity} is out of range. Give a number from 0 to 1.')
-    if heat.ndim!=2: raise ValueError(f'heat has shape {tuple(heat.shape)}. Give one map, (h, w).')
+    tensor('heat', heat, 'h w')
     heat = heat.float().cpu() - heat.min().item()
     colours = colormaps['inferno']((heat/heat.max().clamp(min=1e-12)).numpy(), bytes=True)[..., :3]
     field = Image.fromarray(colours.copy()).resize(picture.size, Image.Resampling.NEAREST)
@@ -172,8 +188,7 @@ def place_map(
 ) -> Tensor:
     """What one place looks at, (h, w): the mean over looks of its size, the largest, and their heads.
     ValueError for a place that is none, or for looks at words."""
-    if not looks: raise ValueError('looks is empty: draw something inside watch_attention.')
-    h, w = max(tuple(look.weights.shape[2:4]) for look in looks)
+    h, w = max(tuple(look.weights.shape[2:4]) for look in _checked_looks(looks))
     largest = [look.weights for look in looks if look.weights.shape[2:4]==(h, w)]
     if largest[0].shape[-1]!=h*w: raise ValueError("looks are not at places. Watch with to='pixels'.")
     whole_number('row', row, 0, h - 1); whole_number('column', column, 0, w - 1)
@@ -191,8 +206,11 @@ def mark(
     colour: str = 'cyan',    # of the frame
 ) -> Image.Image:
     "A copy of the picture with a frame around one place of a map. TypeError or ValueError for a place that is none."
-    (h, w), marked = size, on_colour(picture).copy()
+    (h, w), marked = _two_sides(size), on_colour(picture).copy()
     whole_number('row', row, 0, h - 1); whole_number('column', column, 0, w - 1)
+    try: ImageColor.getrgb(colour)
+    except (ValueError, TypeError, AttributeError):
+        raise ValueError(f'colour={colour!r} is not a colour. Give a name such as "cyan".') from None
     x, y = column*marked.width//w, row*marked.height//h
     box = x - 2, y - 2, x + marked.width//w + 1, y + marked.height//h + 1
     ImageDraw.Draw(marked).rectangle(box, outline=colour, width=2)
@@ -226,7 +244,9 @@ def walk(
     way: Callable[[Tensor, Tensor, float], Tensor] = slerp,   # or torch.lerp, for hidden states
 ) -> Tensor:
     "Stops on the way from one to the other, at even shares: (n, ...). ValueError for fewer than two."
-    whole_number('n', n, 2)
+    whole_number('n', n, 2); same_shape(a=a, b=b)
+    if len(a)!=1: raise ValueError(f'a has shape {tuple(a.shape)}. Give one, (1, ...).')
+    if not callable(way): raise TypeError(f'way={way!r} cannot be called. Give slerp, or torch.lerp.')
     return torch.cat([way(a, b, i/(n - 1)) for i in range(n)])
 
 # %% ../../nbs/23_look_inside.ipynb #2971682c

@@ -181,7 +181,7 @@ def _claim(folder: Path, settings: dict) -> None:
             raise ValueError(f'{folder} holds files and no run.json. Give an empty folder, or a new one.')
         else: save_record(record, **settings)
     except OSError as e:
-        raise ValueError(f'{folder} cannot be used: {e.strerror}. Give another folder.') from None
+        raise ValueError(f'{folder} cannot be used: {e.strerror or e}. Give another folder.') from None
     except json.JSONDecodeError: raise ValueError(f'{record} is damaged. Give another folder.') from None
     if differ := [f'{k}={go_on.get(k)!r}, wanted is {v!r}' for k, v in settings.items() if go_on.get(k)!=v]:
         raise ValueError(f'{folder} holds another run: {"; ".join(differ)}. '
@@ -227,7 +227,7 @@ def draw_many(
 ) -> list[Path]:
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
-    parts, acc, folder = take_apart(parts), acc or accelerator(), Path(folder)
+    parts, acc, folder = take_apart(parts), acc or accelerator(), file_path('folder', folder)
     if wrong := [w for w in wishes if not isinstance(w, Wish)]:
         raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')
     settings = _settings(parts, model, g, steps, height, width)
