@@ -74,3 +74,8 @@ def test_attention(parts):
 
 def test_no_pipeline():
     with pytest.raises(TypeError, match='load_pipeline'): explore.explore_guidance('embedded')
+
+
+def test_no_control():
+    "A number in place of a control is told by its name."
+    with pytest.raises(TypeError, match='x=3 is no control'): explore.explorer(lambda x: None, x=3)
