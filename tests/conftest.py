@@ -129,7 +129,10 @@ ONCE = ['site', 'wheel', 'trained', 'unbroken', 'run', 'single', 'elsewhere']   
 
 def pytest_itemcollected(item):
     "The tests that use one of these fixtures go to one process, which makes it once."
-    for name in [name for name in ONCE if name in getattr(item, 'fixturenames', ())][:1]: item.add_marker(pytest.mark.xdist_group(name))
+    for name in [name for name in ONCE if name in getattr(item, 'fixturenames', ())][:1]:
+        item.add_marker(pytest.mark.xdist_group(name))
+        # From pytest 9.2 on xdist 3.8 writes the group where nobody reads it, and the mark alone does nothing.
+        if 'PYTEST_XDIST_WORKER' in os.environ and hasattr(item, '_id'): item._id = type(item._id).parse(f'{item.nodeid}@{name}')
 
 
 LONG = ['test_ends', 'test_exercises', 'test_notebook', 'test_one_changed_name']
