@@ -10,7 +10,7 @@ __all__ = ['quiet', 'load_pipeline', 'draw_in_batches', 'text_to_image']
 # %% ../nbs/01_text_to_image.ipynb #261fe24c
 import json, reprlib
 import diffusers, transformers
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
@@ -24,7 +24,7 @@ from .seeds import generators
 
 # %% ../nbs/01_text_to_image.ipynb #16d7f708
 @contextmanager
-def quiet():
+def quiet() -> Iterator[None]:
     """No bars and no remarks while files are loaded that are here already; a download still shows its own bar.
     One of the remarks is that torchvision is missing: nothing here needs it."""
     logs = [lib.utils.logging for lib in (diffusers, transformers)]
