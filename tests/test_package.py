@@ -151,6 +151,11 @@ def test_lint():
     run(Path(sys.executable).with_name('ruff'), 'check', '--no-cache', ROOT)
 
 
+def test_types():
+    "Each name exists and each call fits its function, as far as a reader of hints can see."
+    run(Path(sys.executable).with_name('ty'), 'check', '--error-on-warning', '--python', sys.prefix, 'sd_deepdive', cwd=ROOT)
+
+
 def settings():
     "What settings.ini says."
     ini = ConfigParser()

@@ -113,7 +113,7 @@ def train_word(
 # %% ../../nbs/22_training_a_new_word.ipynb #058f3f34
 @call_parse
 def train_course_word(
-    file: Path = None,   # default: the words that ship with the course
+    file: Path | None = None,   # default: the words that ship with the course
     steps: int = 200,    # how many batches
 ) -> None:
     "Train the word of lesson 04 again: it belongs to the model that it was trained on."
