@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from .checks import enough_memory, pair_up, side, tensor, whole_numbers
+from .checks import enough_memory, finite, pair_up, side, tensor, whole_numbers
 from .images import on_colour
 from .parts import Parts, take_apart
 from .seeds import generators
@@ -30,8 +30,7 @@ def _finite_numbers(name: str, values: Tensor) -> None:
     "TypeError if a tensor does not hold fractions, ValueError if some of them are infinite or nan."
     if not values.is_floating_point():
         raise TypeError(f'{name} has values of {values.dtype}. Give float32 values.')
-    if not values.isfinite().all():
-        raise ValueError(f'{name} has values that are not finite. Compute in float32.')
+    finite(name, values)
 
 # %% ../nbs/06_autoencoder.ipynb #a8df61f0
 def make_img(

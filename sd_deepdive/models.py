@@ -16,7 +16,7 @@ from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
 from PIL import Image
-from .checks import enough_memory, pair_wishes, real_number, side, whole_number
+from .checks import enough_memory, finite, pair_wishes, real_number, side, whole_number
 from .hub import find_folder
 from .places import EMBEDDED, PARTS, SD1, find_device, find_dtype, find_model
 from .schedule import set_timesteps
@@ -92,12 +92,14 @@ def draw_in_batches(
     each: dict[str, list],                # arguments of the pipeline, with a value for each picture
     **same: object,                       # arguments that are the same for all
 ) -> list[Image.Image]:
-    "What a pipeline draws, a batch at a time. MemoryError says which setting to lower."
+    "What a pipeline draws, a batch at a time. MemoryError says which setting to lower, ValueError what may have made nan."
     pictures = []
     for i in range(0, len(seeds), batch_size):
         one = {name: values[i:i + batch_size] for name, values in each.items()}
         with enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
-            pictures += pipe(**one, generator=generators(seeds[i:i + batch_size]), **same).images
+            levels = pipe(**one, generator=generators(seeds[i:i + batch_size]), output_type='np', **same).images
+        finite(f'The picture at guidance_scale={same.get("guidance_scale")}', torch.from_numpy(levels), pipe.dtype)
+        pictures += pipe.image_processor.numpy_to_pil(levels)
     return pictures
 
 # %% ../nbs/01_text_to_image.ipynb #b8972176

@@ -16,7 +16,7 @@ from fastcore.basics import chunked
 from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
-from .checks import enough_memory, pair_wishes, real_number, same_shape, side, tensor, whole_number, whole_numbers
+from .checks import enough_memory, finite, pair_wishes, real_number, same_shape, side, tensor, whole_number, whole_numbers
 from .guidance import guide
 from .latents import decode, pil2latent
 from .parts import Parts, take_apart
@@ -50,7 +50,7 @@ def _fitting(parts: Parts, pictures: int | str = 'B', **tensors: Tensor):
         if (x.device.type, x.dtype)!=(parts.device.type, parts.dtype):
             raise ValueError(f'{name} is {x.dtype} on {x.device}, the model {parts.dtype} on {parts.device}. '
                              f'Use {name}.to(parts.device, parts.dtype).')
-        if not x.isfinite().all(): raise ValueError(f'{name} has values that are not finite. Compute in float32.')
+        finite(name, x)
 
 # %% ../nbs/10_loop.ipynb #cac5e208
 def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, guidance_scale: float, combine: Callable = guide):

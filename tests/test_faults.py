@@ -34,7 +34,7 @@ from sd_deepdive.further.own_pictures import fine_tune, read_captions, save_mode
 from sd_deepdive.further.steering import parse_weights
 from sd_deepdive.images import fit_picture, load_picture
 from sd_deepdive.img2img import fetch_picture, image_to_image
-from sd_deepdive.models import load_pipeline
+from sd_deepdive.models import load_pipeline, text_to_image
 from sd_deepdive.parts import take_apart
 from sd_deepdive.places import embedded_folder
 from sd_deepdive.sampling import Step, make_samples
@@ -178,6 +178,15 @@ def test_words_that_do_not_fit(tmp_path, parts, vector, words):
 def test_too_large(parts, side):
     "A picture for which no memory is enough, or whose bytes cannot be counted."
     plain(lambda: make_samples(parts, 'a bell', height=side, width=side, steps=1), 'Lower batch_size', kind=MemoryError)
+
+
+@pytest.mark.filterwarnings('error')
+@pytest.mark.parametrize('start', [None, Image.new('RGB', (16, 16), 'red')], ids=['text', 'picture'])
+def test_no_black_picture(start, pipe):
+    "Where the numbers overflow, a picture is refused: neither black nor with a warning of another library."
+    call = dict(num_inference_steps=2, guidance_scale=1e30)
+    draw = (lambda: text_to_image(pipe, 'a bell', **call)) if start is None else lambda: image_to_image(pipe, 'a bell', start, **call)
+    plain(draw, 'guidance_scale=1e+30', 'not finite', 'Lower')
 
 
 def test_ctrl_c_in_the_loop(parts):
