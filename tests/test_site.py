@@ -1,10 +1,12 @@
 """The site, as a reader meets it: in headless Chromium, with no other host to be reached."""
-import gzip
+import gzip, sys
 from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
 from conftest import CFG, NBS, ROOT
+from fastcore.basics import AttrDict
+from fastcore.nbio import mk_cell, read_nb
 from nbdev.config import nbpath2html
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
@@ -23,6 +25,8 @@ axe.run(document, {resultTypes: ['violations']}).then(r => done(r.violations.fil
 LOADED = "return performance.getEntriesByType('resource').filter(r => r.initiatorType != 'img').map(r => r.name)"
 BRIGHTNESS = r"return getComputedStyle(document.body).backgroundColor.match(/\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765"
 
+sys.path.append(str(ROOT/'tools'))
+from pages import Description, add_links  # noqa: E402
 
 HEAVIEST = {'index.html': .5e6} | {page: 3e6 for _, page in LESSONS}       # bytes
 IN_DARK = ['index.html', 'loop.html', 'explore.html', 'samplers_by_hand.html']
@@ -89,6 +93,49 @@ def test_search_finds_lesson(browser, site, nb, page):
     browser.driver.find_element(By.CSS_SELECTOR, '#quarto-search input').send_keys(title)
     hits = WebDriverWait(browser.driver, 10).until(lambda d: d.find_elements(By.CSS_SELECTOR, '.smalldocs-search-results a'))
     assert f'/{page}' in [urlsplit(hit.get_attribute('href')).path for hit in hits[:3]]
+
+
+@pytest.mark.parametrize('nb, page', LESSONS)
+def test_lesson_number_and_code(site, nb, page):
+    "A lesson has its number in its title and in the sidebar, and shows all that it exports, each box with a name."
+    doc = soup(site/page)
+    number = '' if nb.startswith('00') else nb[:2] + ' '
+    titles = [tag.text.strip() for tag in doc.select(f'h1.title, #quarto-sidebar a[href$="{page}"]')]
+    assert len(titles) > 1 and all(title.startswith(number) for title in titles)
+    code = (site/f'{page}.md').read_text()
+    for cell in read_nb(CFG.nbs_path/nb).cells:
+        if not {'export', 'exports', 'exporti'} & cell.directives.keys() or 'hide' in cell.directives: continue
+        cell.remove_directives()
+        assert cell.source.strip() in code
+    assert all(box.text in ('Imports', 'Values') or box.text.startswith('The code of ') for box in doc.select('details.code-fold > summary'))
+
+
+def of_all(
+    n: int,            # how many
+    **options: object, # the rest
+) -> int:              # a number
+    """One sentence that
+    goes on.
+
+    Another paragraph."""
+
+
+def test_description():
+    "The first paragraph of a description is in italics to its end, and each comment stands beside its argument."
+    text = Description(of_all)._repr_markdown_()
+    assert '*One sentence that goes on.*\n\nAnother paragraph.' in text
+    assert '**options:object, # the rest' in text and '->int: # a number' in text
+
+
+@pytest.mark.parametrize('word, code, linked', [
+    ('styles', 'styles = 5', False), ('styles', 'from sd_deepdive.training.data import styles', True), ('guide', 'def guide(): ...', True),
+    ('text_to_image', 'styles = 5', True), ('guide()', 'styles = 5', True)])
+def test_words_that_are_links(word, code, linked):
+    "A plain word is linked to a function only where the notebook defines or imports it: it may be a variable."
+    nb = AttrDict(cells=[mk_cell(code), mk_cell(f'See `{word}`.', 'markdown')])
+    links = add_links(nb)
+    for cell in nb.cells: links.cell(cell)
+    assert ('](' in nb.cells[1].source) == linked
 
 
 @pytest.mark.parametrize('nb, page', LESSONS)

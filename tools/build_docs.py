@@ -3,9 +3,10 @@ import json, os, re, shutil, sys, warnings
 from pathlib import Path
 
 from fastcore.nbio import mk_cell, read_nb, write_nb
+from nbdev import serve, showdoc
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
-from nbdev.serve import proc_nbs
+from pages import Description, Steps
 from smalldocs import layout
 from smalldocs.config import load
 from smalldocs.site import Site
@@ -16,10 +17,11 @@ WEB_FONTS = re.compile(r'@import\s*url\(["\']?https?:[^)]*\)[^;]*;')
 
 
 class OfflineSite(Site):
-    "smalldocs' site with pages named as nbdev links them, and with every file it needs in `site_libs`."
+    "smalldocs' site: pages named as nbdev links them, lessons numbered as the text does, and every file it needs in `site_libs`."
     def read(self, src):
         page = super().read(src)
         page.out = page.out.with_name(page.front.get('output-file', page.out.name))
+        if number := re.match(r'(?!00)\d\d(?=_)', src.name): page.front['title'] = f'{number[0]} {page.front["title"]}'
         return page
 
     def find_page(self, target):
@@ -40,7 +42,8 @@ def badges(cfg, name):
 def facts(cfg, nb, name):
     "How long a lesson takes to read (200 words, 12 lines of code a minute) and to run (as `make times` recorded it)."
     words = sum(len(c.source.split()) for c in nb.cells if c.cell_type == 'markdown')
-    lines = sum(bool(line.strip()) for c in nb.cells if c.cell_type == 'code' for line in c.source.splitlines())
+    code = [c.source for c in nb.cells if c.cell_type == 'code' and '#| code-fold: true' not in c.source]
+    lines = sum(bool(line.strip()) for source in code for line in source.splitlines())
     seconds = json.loads((ROOT/'tools/times.json').read_text()).get(name)
     runs = '' if seconds is None else f' · runs in {max(1, round(seconds))} s on one core'
     return f'<p class="lesson-facts">Reading time about {round(words/200 + lines/12)} min{runs}</p>'
@@ -53,11 +56,12 @@ def versions(cfg):
 
 
 def process(cfg):
-    "Process the notebooks as nbdev does; to each lesson badges, times and versions are added. Returns the folder they are in."
+    "Process the notebooks as nbdev does, with the steps of pages.py; to each lesson badges, times and versions are added. Returns their folder."
     refresh_quarto_yml()
+    serve.FilterDefaults, showdoc.BasicMarkdownRenderer = Steps, Description
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Found cells containing imports')
-        folder = proc_nbs(n_workers=0, force=True)
+        folder = serve.proc_nbs(n_workers=0, force=True)
     for p in folder.glob('[0-9]*.ipynb'):
         nb = read_nb(p)
         nb.cells.insert(1, mk_cell(badges(cfg, p.name) + '\n\n' + facts(cfg, nb, p.name), 'markdown'))
