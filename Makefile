@@ -10,7 +10,7 @@ READY := $(VENV)/.ready
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow times bench bench-gpu site serve save lock clean
+.PHONY: help course test test-slow times bench bench-gpu site serve lab save lock clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +46,13 @@ site: $(READY)  ## build the site from the saved notebooks, running none
 
 serve: $(READY)  ## show the site at http://localhost:8000 (another port: PORT=...)
 	@test -f _docs/index.html || $(MAKE) site
+	@$(PY) -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2>/dev/null || { echo "Port $(PORT) is taken, or none. Try make serve PORT=8001"; exit 1; }
 	@echo "http://localhost:$(PORT) (Ctrl-C ends it)"
-	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs || echo "Is port $(PORT) taken? Try make serve PORT=8001"
+	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs
+
+lab: $(READY)  ## open the lessons in JupyterLab, which is installed first
+	@$(PY) -m pip install -q jupyterlab
+	@$(PY) -m jupyter lab nbs
 
 save: $(READY)  ## after editing notebooks: export code, run them keeping outputs, clean them, write README.md
 	@$(VENV)/bin/nbdev-export
