@@ -8,7 +8,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_to_image.html.md"""
 __all__ = ['quiet', 'load_pipeline', 'draw_in_batches', 'text_to_image']
 
 # %% ../nbs/01_text_to_image.ipynb #261fe24c
-import json, reprlib
+import json, logging, reprlib
 import diffusers, transformers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from .hub import find_folder
 from .places import EMBEDDED, PARTS, SD1, find_device, find_dtype, find_model
 from .schedule import set_timesteps
 from .seeds import generators
+from .text import warn_of_cut
 
 # %% ../nbs/01_text_to_image.ipynb #16d7f708
 @contextmanager
@@ -84,6 +85,19 @@ def load_pipeline(
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     with quiet(): return pipe.to(device)
 
+# %% ../nbs/01_text_to_image.ipynb #b30c9e57
+@contextmanager
+def _told_of_cut(pipe: diffusers.DiffusionPipeline, each: dict[str, list]) -> Iterator[None]:
+    "Warn of prompts that are cut off, in the course's words instead of the libraries'."
+    for name in ('prompt', 'negative_prompt'):
+        if name in each: warn_of_cut(pipe.tokenizer, each[name], kind=name.replace('_', ' '), stacklevel=5)   # whoever draws
+    logs = [logging.getLogger(name) for name in (type(pipe).__module__, 'transformers.tokenization_utils_base')]
+    levels = [log.level for log in logs]
+    for log in logs: log.setLevel(logging.ERROR)
+    try: yield
+    finally:
+        for log, level in zip(logs, levels): log.setLevel(level)
+
 # %% ../nbs/01_text_to_image.ipynb #4edf32da
 def draw_in_batches(
     pipe: diffusers.DiffusionPipeline,    # any that draws
@@ -96,7 +110,7 @@ def draw_in_batches(
     pictures = []
     for i in range(0, len(seeds), batch_size):
         one = {name: values[i:i + batch_size] for name, values in each.items()}
-        with enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
+        with _told_of_cut(pipe, one), enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
             levels = pipe(**one, generator=generators(seeds[i:i + batch_size]), output_type='np', **same).images
         finite(f'The picture at guidance_scale={same.get("guidance_scale")}', torch.from_numpy(levels), pipe.dtype)
         pictures += pipe.image_processor.numpy_to_pil(levels)

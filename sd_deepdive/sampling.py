@@ -184,7 +184,7 @@ def _starts(init_img) -> list:
 # %% ../nbs/10_loop.ipynb #bd83e9c9
 def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g, steps) -> Iterator[Step]:
     "The steps of one batch. `images` are the pictures to start from, or Nones; then `size` is height and width."
-    text, uncond = text_enc(parts, prompts), text_enc(parts, negative_prompts)
+    text, uncond = text_enc(parts, prompts), text_enc(parts, negative_prompts, kind='negative prompt')
     init = None if images[0] is None else pil2latent(parts, images)
     height, width = size if init is None else images[0].size[::-1]
     latents = start_latents(parts, make_noise(parts, seeds, height, width), steps, init, start_step)

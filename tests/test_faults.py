@@ -3,6 +3,7 @@ import importlib
 import inspect
 import io
 import json
+import logging
 import math
 import pickle
 import random
@@ -343,6 +344,17 @@ def test_prompts(parts, by_hand, prompt):
         return plain(lambda: cut_off(by_hand, prompt), 'half of a character')
     assert make_samples(parts, prompt, steps=1).isfinite().all()
     assert cut_off(by_hand, prompt) == cut_off(parts.tokenizer, prompt)
+
+
+@pytest.mark.parametrize('draw', [lambda pipe, **texts: make_samples(pipe, texts.pop('prompt'), steps=1, **texts),
+                                  lambda pipe, **texts: text_to_image(pipe, num_inference_steps=1, **texts)], ids=['parts', 'pipeline'])
+def test_told_of_cut(draw, pipe, caplog):
+    "Whoever draws, and whichever prompt is too long: the course says so, and the libraries add nothing."
+    for library in ('diffusers', 'transformers'): logging.getLogger(library).addHandler(caplog.handler)
+    pipe.tokenizer.deprecation_warnings.clear()
+    with pytest.warns(UserWarning) as said: draw(pipe, prompt='red apple '*60, negative_prompt='blue bell '*60)
+    for library in ('diffusers', 'transformers'): logging.getLogger(library).removeHandler(caplog.handler)
+    assert [str(w.message).split(' has more')[0] for w in said] == ['The prompt', 'The negative prompt'] and not caplog.records
 
 
 def test_long_prompt(by_hand, parts):
