@@ -16,10 +16,12 @@ from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
 from PIL import Image
+from safetensors import safe_open
 from .checks import enough_memory, finite, pair_wishes, real_number, side, whole_number
 from .hub import find_folder
-from .places import EMBEDDED, PARTS, SD1, find_device, find_dtype, find_model
+from .places import EMBEDDED, PARTS, SD1, WEIGHTED, find_device, find_dtype, find_model
 from .schedule import set_timesteps
+from .scratch.checkpoints import name_today, weight_files
 from .seeds import generators
 from .text import warn_of_cut
 
@@ -60,6 +62,17 @@ def _from_file(file: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
         return StableDiffusionPipeline.from_single_file(str(file), config=str(configs), dtype=dtype, local_files_only=True,
                                                         safety_checker=None, requires_safety_checker=False)
 
+# %% ../nbs/01_text_to_image.ipynb #e61a4d92
+def _check_weights(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    "ValueError for a weight that no file of its part holds: the libraries leave it empty, or fill it with chance."
+    for part in (part for part in WEIGHTED if part in PARTS):
+        saved = set()
+        for file in weight_files(folder/part):
+            with safe_open(file, 'pt') as held: saved |= {name_today(key) for key in held.keys()}
+        missing = [key for key in getattr(pipe, part).state_dict() if name_today(key) not in saved and not key.endswith('position_ids')]
+        if missing:
+            raise ValueError(f'{part}: {missing[0]} is missing in the checkpoint. Do the weights and config.json belong together?')
+
 # %% ../nbs/01_text_to_image.ipynb #dfe72e89
 def load_pipeline(
     name: str | Path = EMBEDDED,               # "embedded", a folder, a .safetensors file, or a hub id
@@ -78,6 +91,7 @@ def load_pipeline(
             if where.is_file(): pipe = _from_file(where, dtype)
             else: pipe = StableDiffusionPipeline.from_pretrained(where, dtype=dtype, use_safetensors=True,
                                                                  variant=_variant(where, dtype), **options)
+        if where.is_dir(): _check_weights(pipe, where)
     except Exception as e:
         if isinstance(e, MemoryError): raise
         why = f'{str(e).strip()} '.splitlines()[0]

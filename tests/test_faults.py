@@ -173,6 +173,15 @@ def test_words_that_do_not_fit(tmp_path, parts, vector, words):
     assert len(parts.tokenizer) == before
 
 
+@pytest.mark.parametrize('part, key', dict(unet='conv_in.weight', vae='encoder.conv_in.weight', text_encoder='embeddings.token_embedding.weight').items())
+def test_weights_of_another_part(tmp_path, pipe, part, key):
+    "Where a part's weights are those of another, the part and a weight are named: none is left empty, or to chance."
+    pipe.save_pretrained(folder := tmp_path/'model')
+    of = lambda part: next((folder/part).glob('*.safetensors'))
+    of(part).write_bytes(of('vae' if part == 'unet' else 'unet').read_bytes())
+    plain(lambda: load_pipeline(folder, 'cpu'), f'{part}: ', f'{key} is missing')
+
+
 # Faults -------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('side', [2**23, 2**34, 2**43])
