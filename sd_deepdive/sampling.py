@@ -137,11 +137,20 @@ class Step:
 def scales_at(
     guidance_scale: float | Callable[[float], float],  # g, or a function of the time
     timesteps: Tensor,                                 # of a run
+    name: str = 'guidance_scale',                      # what the caller calls it
 ) -> list[float]:
     "The guidance scale at each time of a run. TypeError or ValueError for one that is no number."
     scale = guidance_scale if callable(guidance_scale) else lambda t: guidance_scale
     tensor('timesteps', timesteps)
-    return [real_number('guidance_scale', scale(t)) for t in timesteps.tolist()]
+    return [real_number(name, scale(t)) for t in timesteps.tolist()]
+
+# %% ../nbs/10_loop.ipynb #94b7d1f0
+def _kept_kind(name: str, x: Tensor, like: Tensor) -> Tensor:
+    "The tensor. TypeError or ValueError if it is not of the shape, the precision and the device of another."
+    if tensor(name, x).shape!=like.shape or (x.dtype, x.device)!=(like.dtype, like.device):
+        raise ValueError(f'{name} is now {tuple(x.shape)}, {x.dtype} on {x.device}. '
+                         f'Give what it was: {tuple(like.shape)}, {like.dtype} on {like.device}.')
+    return x
 
 # %% ../nbs/10_loop.ipynb #207abb75
 @torch.no_grad()
@@ -167,18 +176,23 @@ def denoise(
         with enough_memory('the number of pictures, or their size'):
             noise = ask_unet(parts, x_t, t, text, uncond, g, words(g if g in (0, 1) else None), combine)
         x0 = predict_x0(x_t, noise, alpha_bar)
-        yield (step := Step(i, t, alpha_bar, x_t, noise, x0, scheduler.step(noise, t, latents).prev_sample))
-        latents = step.latents
+        latents = scheduler.step(noise, t, latents).prev_sample
+        yield (step := Step(i, t, alpha_bar, x_t, noise, x0, latents))
+        latents = _kept_kind('step.latents', step.latents, latents)
 
 # %% ../nbs/10_loop.ipynb #e27b5a90
-def _starts(init_img) -> list:
-    "The pictures to start from, [None] for none. TypeError for what is no picture, ValueError for several sizes."
+def _starts(init_img, factor: int) -> list:
+    "The pictures to start from, [None] for none. TypeError for what is no picture, ValueError for sizes that do not fit."
     images = list(init_img) if isinstance(init_img, list | tuple) else [init_img]
     for im in images:
         if init_img is not None and not isinstance(im, Image.Image):
             raise TypeError(f'init_img holds a {type(im).__name__}. Open a file with PIL.Image.open.')
     if init_img is not None and len(sizes := {im.size for im in images})>1:
         raise ValueError(f'init_img has {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
+    if init_img is not None and any(n%factor or not n for n in images[0].size):
+        width, height = (max(factor, round(n/factor)*factor) for n in images[0].size)
+        raise ValueError(f'init_img is {images[0].width} x {images[0].height}; its sides have to be multiples of {factor}. '
+                         f'Use fit_picture(init_img, {width}, {height}).')
     return images
 
 # %% ../nbs/10_loop.ipynb #bd83e9c9
@@ -191,12 +205,10 @@ def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g,
     yield from denoise(parts, latents, text, uncond, g, steps, start_step)
 
 # %% ../nbs/10_loop.ipynb #a10c0de1
-def _check_request(init_img, start_step: int, g, steps: int, size: tuple, batch_size: int) -> None:
+def _check_request(scheduler, init_img, start_step: int, g, steps: int, size: tuple, batch_size: int) -> None:
     "A clear error for numbers that are none, or that need a picture to start from or forbid one."
     whole_number('batch_size', batch_size, 1)
-    whole_number('steps', steps, 1)
-    whole_number('start_step', start_step, 0, steps - 1)
-    if not callable(g): real_number('g', g)
+    scales_at(g, begin(scheduler, steps, start_step, name='steps')[1], 'g')
     if init_img is None and start_step:
         raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init_img.')
     if init_img is not None and size!=(None, None):
@@ -220,8 +232,8 @@ def make_samples(
     """Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed.
     TypeError, ValueError or MemoryError, in words, for what does not fit."""
     parts, size = take_apart(parts), (height, width)
-    _check_request(init_img, start_step, g, steps, size, batch_size)
-    wishes = zip(*pair_wishes(prompts, seed, negative_prompt, ('prompts', 'seed', 'negative_prompt'), init_img=_starts(init_img)))
+    _check_request(parts.scheduler, init_img, start_step, g, steps, size, batch_size)
+    wishes = zip(*pair_wishes(prompts, seed, negative_prompt, ('prompts', 'seed', 'negative_prompt'), init_img=_starts(init_img, parts.factor)))
     pixels, batches = [], list(chunked(wishes, batch_size))
     with (tqdm(total=len(batches)*steps, delay=20, leave=False) as bar,
           enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):

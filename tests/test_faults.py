@@ -38,7 +38,7 @@ from sd_deepdive.img2img import fetch_picture, image_to_image
 from sd_deepdive.models import load_pipeline, text_to_image
 from sd_deepdive.parts import take_apart
 from sd_deepdive.places import embedded_folder
-from sd_deepdive.sampling import Step, make_samples
+from sd_deepdive.sampling import Step, denoise, make_samples
 from sd_deepdive.schedulers import with_scheduler
 from sd_deepdive.scratch.autoencoder import Attention, Autoencoder
 from sd_deepdive.scratch.checkpoints import read_weights, unfilled
@@ -197,6 +197,26 @@ def test_no_black_picture(start, pipe):
     call = dict(num_inference_steps=2, guidance_scale=1e30)
     draw = (lambda: text_to_image(pipe, 'a bell', **call)) if start is None else lambda: image_to_image(pipe, 'a bell', start, **call)
     plain(draw, 'guidance_scale=1e+30', 'not finite', 'Lower')
+
+
+@pytest.mark.parametrize('value, kind', [(None, TypeError), (torch.zeros(1, 4, 8, 8).double(), ValueError), (torch.zeros(1, 4, 16, 8), ValueError)], ids=['none', 'precision', 'shape'])
+def test_hook_of_another_kind(parts, value, kind):
+    "What a hook leaves in step.latents has to be what was there."
+    def hook():
+        for step in denoise(parts, torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16), guidance_scale=1., num_inference_steps=3): step.latents = value
+    plain(hook, 'step.latents', 'Give', kind=kind)
+
+
+WISHES = [(dict(steps=1001), 'steps=1001'), (dict(steps=600), 'steps=600 would'), (dict(g=lambda t: math.inf), 'g=inf'), (dict(seed=-1), 'seed=-1'), (dict(prompts=3), 'prompts=3'),
+          (dict(init_img=Image.new('RGB', (20, 15))), 'init_img is 20 x 15')]
+
+
+@pytest.mark.parametrize('wish, words', WISHES, ids=lambda x: x if isinstance(x, str) else '')
+def test_by_its_own_name(parts, wish, words):
+    "What make_samples refuses it calls as its caller does."
+    kind = TypeError if 'prompts' in wish else ValueError
+    said = plain(lambda: make_samples(parts, **dict(prompts='a bell') | wish), words, kind=kind)
+    assert said.startswith(words)
 
 
 def test_ctrl_c_in_the_loop(parts):
