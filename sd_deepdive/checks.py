@@ -27,7 +27,8 @@ def whole_number(
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is out of range."
     if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f'{name}={value!r} is not a whole number. Give one, such as {max(least, 1)}.')
+        near = round(value) if isinstance(value, Real) and abs(value)<2**53 else 1
+        raise TypeError(f'{name}={value!r} is not a whole number. Give one, such as {max(least, near if most is None else min(near, most))}.')
     if value<least or most is not None and value>most:
         limits = f'of at least {least}' if most is None else f'from {least} to {most}'
         raise ValueError(f'{name}={value} is out of range. Give a whole number {limits}.')

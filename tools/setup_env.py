@@ -38,9 +38,13 @@ def explain(err):
 
 
 def run(*cmd):
-    "Run a command, its output shown; if it fails, say why in one line."
-    res = subprocess.run(cmd, stderr=subprocess.PIPE, universal_newlines=True)
-    if res.returncode: explain(res.stderr)
+    "Run a command, its output and its warnings shown as they come; if it fails, say why in one line."
+    said = []
+    with subprocess.Popen(cmd, stderr=subprocess.PIPE, universal_newlines=True) as process:
+        for line in process.stderr:
+            said.append(line)
+            if line.startswith('WARNING'): print(line, end='', flush=True)
+    if process.returncode: explain(''.join(said))
 
 
 def constraints(folder, keep_torch):

@@ -10,6 +10,7 @@ __all__ = ['SHARED_OUT', 'SHARES', 'FIELDS', 'WRITTEN', 'read_json', 'check_fiel
 # %% ../../nbs/00_configs.ipynb #13297dcc
 import json
 from collections.abc import Mapping
+from difflib import get_close_matches
 from fastcore.basics import AttrDict
 from pathlib import Path
 from ..checks import real_number, whole_number
@@ -97,6 +98,8 @@ def read_config(
         known = written.get(name, harmless)
         values = value if isinstance(value, list | tuple) else [value]
         if known and any(v not in known for v in values):
+            if near := name not in written and get_close_matches(name, fields, 1, .9):
+                raise ValueError(f'{name}={value!r} is no field of {kind}. Write {near[0]}?')
             can_be = ' or '.join(map(repr, known))
             raise ValueError(f'{name}={value!r} is not written here. It can be {can_be}: use a '
                              'checkpoint of Stable Diffusion 1.x, or load it with diffusers.')
