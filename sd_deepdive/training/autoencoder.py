@@ -56,7 +56,7 @@ def reconstruction_loss(
     x: Tensor,   # pixels as they were
 ) -> Tensor:
     "Mean of |y - x|, of its square, of the difference of the edges at two sizes. ValueError for two shapes."
-    same_shape(y=y, x=x); tensor('y', y, 'N 3 H W')
+    same_shape(y=y, x=x); tensor('y', y, 'N C H W')
     sharp = sum((a - b).abs().mean() for scale in (1, 2)
                 for a, b in zip(edges(F.avg_pool2d(y, scale)), edges(F.avg_pool2d(x, scale))))
     return (y - x).abs().mean() + (y - x).square().mean() + sharp/2
@@ -149,7 +149,7 @@ def psnr_of(
     x: Tensor,   # of the same shape, what they should be
 ) -> Tensor:
     "Peak signal-to-noise ratio of each picture, in dB: (N,). ValueError for two shapes."
-    same_shape(y=y, x=x); tensor('y', y, 'N 3 H W')
+    same_shape(y=y, x=x); tensor('y', y, 'N C H W')
     return -10*((y.clamp(-1, 1) - x)/2).square().mean((1, 2, 3)).log10()
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #f12dc1be
