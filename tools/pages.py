@@ -1,5 +1,5 @@
 """What becomes of a notebook on its way to a page: nbdev's steps, with the course's own in the place of some."""
-import ast
+import ast, re
 
 from fastcore.docments import DocmentText, docments
 from nbdev import processors, showdoc
@@ -24,6 +24,10 @@ class Lookup(NbdevLookup):
     def __init__(self, known):
         super().__init__()
         self.known = known
+
+    def doc(self, sym):
+        "The address; a heading's anchor has no underscores around a name such as `__call__`."
+        return re.sub(r'(#.*\.)__(\w+?)__$', r'\1\2', super().doc(sym) or '') or None
 
     def _link_sym(self, m):
         plain = m[1].isalpha() and m[1].islower() and not m[0].endswith('()`')
