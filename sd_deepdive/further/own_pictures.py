@@ -13,7 +13,8 @@ import csv
 import hashlib
 import torch
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fastcore.script import call_parse
 from pathlib import Path
@@ -179,6 +180,20 @@ def caption_batches(
         return drawn | dict(ids=torch.where(silent, empty, drawn['ids']))
     return draw
 
+# %% ../../nbs/26_your_own_pictures.ipynb #5b0e7d12
+@contextmanager
+def _lora(
+    unet: nn.Module,
+    rank: int,   # 0: none
+) -> Iterator[None]:
+    "A LoRA beside the attention for as long as it is trained: merged at the end, taken out after an error."
+    if rank: add_lora(unet, rank)
+    try: yield
+    except BaseException:
+        for name, layer in lora_layers(unet).items(): unet.set_submodule(name, layer.linear)
+        raise
+    if rank: merge_lora(unet)
+
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
 def fine_tune(
     parts: Parts,                     # its UNet is trained, and rows of its token table that are zero
@@ -199,19 +214,13 @@ def fine_tune(
     torch.manual_seed(whole_number('seed', seed, 0))
     draw = caption_batches(parts, latents, captions, batch)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
-    if whole_number('rank', rank, 0): add_lora(parts.unet, rank)
-    learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)
-    def loss(learner, latents, ids, t, noise): return predict(parts.unet, latents, learner(ids), t, noise)
-    average = min(.995, max(.9, 1 - 10/steps))     # over the last tenth of the steps, about
-    try:
+    with _lora(parts.unet, whole_number('rank', rank, 0)):
+        learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)
+        def loss(learner, latents, ids, t, noise): return predict(parts.unet, latents, learner(ids), t, noise)
+        average = min(.995, max(.9, 1 - 10/steps))     # over the last tenth of the steps, about
         trainer = Trainer(learner, steps, lr, folder, seed=seed, warmup=10, decay=.5, ema_decay=average)
         losses = trainer.fit(draw, loss, report, every)
-    except BaseException:
-        if rank:
-            for name, layer in lora_layers(parts.unet).items(): parts.unet.set_submodule(name, layer.linear)
-        raise
-    with torch.no_grad(): learner.table.weight[learner.ids] = learner.rows
-    if rank: merge_lora(parts.unet)
+        with torch.no_grad(): learner.table.weight[learner.ids] = learner.rows
     return losses
 
 # %% ../../nbs/26_your_own_pictures.ipynb #19e5dab6
