@@ -28,7 +28,8 @@ def whole_number(
     "The value as an int. TypeError if it is not a whole number, ValueError if it is out of range."
     if isinstance(value, bool) or not isinstance(value, Integral):
         near = round(value) if isinstance(value, Real) and abs(value)<2**53 else 1
-        raise TypeError(f'{name}={value!r} is not a whole number. Give one, such as {max(least, near if most is None else min(near, most))}.')
+        near = max(least, near if most is None else min(near, most))
+        raise TypeError(f'{name}={value!r} is not a whole number. Give one, such as {near}.')
     if value<least or most is not None and value>most:
         limits = f'of at least {least}' if most is None else f'from {least} to {most}'
         raise ValueError(f'{name}={value} is out of range. Give a whole number {limits}.')

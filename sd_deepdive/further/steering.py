@@ -62,7 +62,8 @@ def after_step(
     def after(alpha_bar, x0, noise):
         same_shape(x0=x0, noise=noise)
         if (off := (shares - alpha_bar).abs()).min() > 1e-6:
-            raise ValueError(f'alpha_bar={float(alpha_bar):.4f} is at no step of num_inference_steps={n}. Give step.alpha_bar, and the steps of its run.')
+            raise ValueError(f'alpha_bar={float(alpha_bar):.4f} is at no step of num_inference_steps={n}. '
+                             'Give step.alpha_bar, and the steps of its run.')
         if (i := off.argmin())==n - 1: return x0
         x = x0 + sigmas[i + 1]*noise
         return x if larger else x/(sigmas[i + 1]**2 + 1)**.5
