@@ -14,7 +14,7 @@ import hashlib
 import torch
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fastcore.script import call_parse
 from pathlib import Path
@@ -184,15 +184,15 @@ def caption_batches(
 @contextmanager
 def _lora(
     unet: nn.Module,
-    rank: int,   # 0: none
+    rank: int,
 ) -> Iterator[None]:
     "A LoRA beside the attention for as long as it is trained: merged at the end, taken out after an error."
-    if rank: add_lora(unet, rank)
+    add_lora(unet, rank)
     try: yield
     except BaseException:
         for name, layer in lora_layers(unet).items(): unet.set_submodule(name, layer.linear)
         raise
-    if rank: merge_lora(unet)
+    merge_lora(unet)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
 def fine_tune(
@@ -214,7 +214,7 @@ def fine_tune(
     torch.manual_seed(whole_number('seed', seed, 0))
     draw = caption_batches(parts, latents, captions, batch)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
-    with _lora(parts.unet, whole_number('rank', rank, 0)):
+    with _lora(parts.unet, rank) if whole_number('rank', rank, 0) else nullcontext():
         learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)
         def loss(learner, latents, ids, t, noise): return predict(parts.unet, latents, learner(ids), t, noise)
         average = min(.995, max(.9, 1 - 10/steps))     # over the last tenth of the steps, about
@@ -248,7 +248,7 @@ def copies(
     return which, [1 - c for c in cosine], 1 - max(nearest(held, train)[1])
 
 # %% ../../nbs/26_your_own_pictures.ipynb #21a04131
-def _take_place(new: Path, folder: Path, old: Path):
+def _take_place(new: Path, folder: Path, old: Path) -> None:
     "Put a new folder where there may be one; that one is put back if this fails."
     if folder.exists(): folder.replace(old)
     try: new.replace(folder)
