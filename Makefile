@@ -62,6 +62,7 @@ save: $(READY)  ## after editing notebooks: export code, run them keeping output
 	@$(PY) tools/build_readme.py
 
 lock: $(READY)  ## write lock.txt from the versions in the environment
+	@! $(PY) -m pip show -q jupyterlab 2>/dev/null || { echo "JupyterLab of 'make lab' is in $(VENV) and would get into lock.txt: remove $(VENV) first"; exit 1; }
 	@$(PY) -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -vE '^(pip=|nvidia|cuda|triton)' > lock.txt
 	@touch $(READY)
 

@@ -58,7 +58,7 @@ def _knob(kind: type, value, low, high, step, label: str) -> widgets.Widget:
     return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=False)
 
 def _prompt(value: str, label: str = 'prompt') -> widgets.Text:
-    "A line of text that reports on Enter. TypeError for what is no text, ValueError for several."
+    "A line of text that reports on Enter. TypeError for anything but text, ValueError for several."
     value, = texts('prompt', [value])
     return widgets.Text(value, description=label, continuous_update=False)
 

@@ -21,7 +21,7 @@ def guide(
     guidance_scale: float,  # g: 0 ignores the prompt, 1 takes it plainly, more exaggerates it
 ) -> Tensor:
     """The guided prediction, uncond + g (text - uncond). Ho and Salimans 2022, arXiv:2207.12598.
-    TypeError for what is no tensor, ValueError for two shapes or a g that is not finite."""
+    TypeError for anything but a tensor, ValueError for two shapes or a g that is not finite."""
     same_shape(uncond=uncond, text=text)
     real_number('guidance_scale', guidance_scale)
     return uncond + guidance_scale*(text - uncond)

@@ -36,7 +36,7 @@ def _finite_numbers(name: str, values: Tensor) -> None:
 def make_img(
     pixels: Tensor,   # (3, H, W), from -1 to 1; what is a little beyond is cut off
 ) -> Image.Image:
-    "One picture from what the decoder gives. ValueError for another shape, or numbers that are none (nan)."
+    "One picture from what the decoder gives. ValueError for another shape, or numbers that are nan."
     _finite_numbers('pixels', tensor('pixels', pixels, '3 H W'))
     if (most := pixels.abs().max().item())>20:     # even random latents decode to less
         raise ValueError(f'pixels has values up to {most:g}. Give numbers from -1 to 1, not levels.')
@@ -84,7 +84,7 @@ def decode(
     parts: Parts,     # a pipeline will do too
     latents: Tensor,  # (B, 4, h, w), scaled
 ) -> Tensor:
-    "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for what are no latents; MemoryError for too many."
+    "Pixels (B, 3, 8h, 8w), about -1 to 1. TypeError or ValueError for anything but latents; MemoryError for too many."
     parts = take_apart(parts)
     _finite_numbers('latents', tensor('latents', latents, f'B {parts.vae.config.latent_channels} h w'))
     with enough_memory('the number of pictures, or their size'):

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 from tempfile import TemporaryDirectory
+from textwrap import shorten
 from PIL import Image
 from safetensors import safe_open
 from .checks import enough_memory, finite, pair_wishes, real_number, side, whole_number
@@ -94,8 +95,7 @@ def load_pipeline(
         if where.is_dir(): _check_weights(pipe, where)
     except Exception as e:
         if isinstance(e, MemoryError): raise
-        why = f'{str(e).strip()} '.splitlines()[0]
-        raise ValueError(f'{where} could not be loaded ({why.strip()}). Copy the {"file" if where.is_file() else "folder"} again.') from None
+        raise ValueError(f'{where} could not be loaded ({shorten(str(e), 200)}). Copy the {"file" if where.is_file() else "folder"} again.') from None
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     with quiet(): return pipe.to(device)
 

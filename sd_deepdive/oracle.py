@@ -32,7 +32,7 @@ def with_oracle(
     parts: Parts,    # of a model; a pipeline will do too
     noise: Tensor,   # (B, 4, h, w), the noise that will have been added
 ) -> Parts:
-    "The same parts with a UNet that knows the noise. TypeError or ValueError for what are no latents."
+    "The same parts with a UNet that knows the noise. TypeError or ValueError for anything but latents."
     parts = take_apart(parts)
     _fitting(parts, noise=noise)
     return replace(parts, unet=NoiseOracle(noise, parts.unet.config))
@@ -44,7 +44,7 @@ def mixture(
     noise: Tensor,    # the noise that was added
 ) -> tuple[float, float]:
     """The weights of picture and noise in the result: a and c of the least-squares fit a x0 + c noise.
-    TypeError or ValueError for what are no latents."""
+    TypeError or ValueError for anything but latents."""
     same_shape(**(given := dict(latents=latents, x0=x0, noise=noise)))
     for name, x in given.items(): _finite_numbers(name, x)
     known = torch.stack([x0.flatten(), noise.flatten()], 1).cpu().double()     # a Mac's GPU has no float64
@@ -61,7 +61,7 @@ def walk_down(
     seed: int = 0,                   # of the noise
 ) -> tuple[float, float]:
     """The weights of picture and noise at the end of the loop, with a UNet that is never wrong.
-    TypeError or ValueError for what are no latents."""
+    TypeError or ValueError for anything but latents."""
     parts = take_apart(parts)
     _fitting(parts, 1, x0=x0)
     noise = make_noise(parts, seed, *(parts.factor*n for n in x0.shape[2:]))

@@ -26,7 +26,7 @@ def best_device() -> torch.device:
 def find_device(
     device: torch.device | str | None = None, # a name; default: the best there is
 ) -> torch.device:
-    "The device asked for, or the best one. ValueError for a name that is none, or for a device that is not there."
+    "The device asked for, or the best one. ValueError for an unknown name, or for a device that is not there."
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
     try: found = torch.device(best_device() if device is None else device)
     except (RuntimeError, TypeError): found = None
@@ -47,7 +47,7 @@ def find_dtype(
     dtype: torch.dtype | None,  # default: what suits the device
     device: torch.device,       # where the model computes
 ) -> torch.dtype:
-    "The precision asked for, or the best one. TypeError for what is no floating-point type."
+    "The precision asked for, or the best one. TypeError for anything but a floating-point type."
     dtype = best_dtype(device) if dtype is None else dtype
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f'dtype={dtype!r} is not a floating-point type. Give torch.float16, say, or leave it out.')

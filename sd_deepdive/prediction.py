@@ -19,7 +19,7 @@ def predict_x0(
     alpha_bar: Tensor | float,  # the share of the picture in their variance
 ) -> Tensor:
     """The picture behind the noise: (x_t - sqrt(1 - alpha-bar) noise)/sqrt(alpha-bar).
-    ValueError for two shapes, or for no share. Song et al. 2021, arXiv:2010.02502, eq. 9."""
+    ValueError for two shapes, or for a share that is not from 0 to 1. Song et al. 2021, arXiv:2010.02502, eq. 9."""
     same_shape(x_t=x_t, noise=noise)
     of_x0, of_noise = weights_at(alpha_bar, x_t, none=0)
     return (x_t - of_noise*noise)/of_x0
@@ -41,6 +41,6 @@ def score(
     alpha_bar: Tensor | float,  # the share of the picture in the variance of x_t
 ) -> Tensor:
     """The gradient of log p(x_t), the direction in which x_t gets likelier: -noise/sqrt(1 - alpha-bar).
-    ValueError for no share. Song et al. 2021, arXiv:2011.13456."""
+    ValueError for a share that is not from 0 to 1. Song et al. 2021, arXiv:2011.13456."""
     tensor('noise', noise)
     return -noise/weights_at(alpha_bar, noise, none=1)[1]

@@ -75,7 +75,7 @@ def start_latents(
     start_step: int = 0,          # how many steps to leave out
 ) -> Tensor:
     """What the loop begins with at `start_step`: noise as large as the scheduler wants it, or a picture with that
-    much noise. ValueError for a step that is none, a start_step with no picture, or two shapes; TypeError for what is no tensor."""
+    much noise. ValueError for a step that is none, a start_step with no picture, or two shapes; TypeError for anything but a tensor."""
     if init is None and start_step:
         raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init, its latents.')
     parts = take_apart(parts)
@@ -182,7 +182,7 @@ def denoise(
 
 # %% ../nbs/10_loop.ipynb #e27b5a90
 def _starts(init_img, factor: int) -> list:
-    "The pictures to start from, [None] for none. TypeError for what is no picture, ValueError for sizes that do not fit."
+    "The pictures to start from, [None] for none. TypeError for anything but a picture, ValueError for sizes that do not fit."
     images = list(init_img) if isinstance(init_img, list | tuple) else [init_img]
     for im in images:
         if init_img is not None and not isinstance(im, Image.Image):
@@ -206,7 +206,7 @@ def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g,
 
 # %% ../nbs/10_loop.ipynb #a10c0de1
 def _check_request(scheduler, init_img, start_step: int, g, steps: int, size: tuple, batch_size: int) -> None:
-    "A clear error for numbers that are none, or that need a picture to start from or forbid one."
+    "A clear error for numbers that cannot be, or that need a picture to start from or forbid one."
     whole_number('batch_size', batch_size, 1)
     scales_at(g, begin(scheduler, steps, start_step, name='steps')[1], 'g')
     if init_img is None and start_step:

@@ -19,7 +19,7 @@ def weights_at(
     like: Tensor,                # (B, ...), what the weights will multiply
     none: float | None = None,   # 0 or 1, where a formula would divide by zero
 ) -> tuple[Tensor, Tensor]:
-    "How much picture and noise x_t holds: sqrt(alpha-bar), sqrt(1 - alpha-bar). TypeError or ValueError for no share."
+    "How much picture and noise x_t holds: sqrt(alpha-bar), sqrt(1 - alpha-bar). TypeError or ValueError for a share that is not from 0 to 1."
     if not isinstance(like, Tensor) or not like.is_floating_point():
         raise TypeError(f'{getattr(like, "dtype", type(like).__name__)} is no kind of number for latents. Give floats.')
     try: share = torch.as_tensor(alpha_bar).cpu()    # a check on a GPU would wait for it, and a Mac's has no float64
@@ -40,7 +40,7 @@ def add_noise(
     alpha_bar: Tensor | float, # how much of the picture stays, 0 to 1; or one for each picture (B,)
 ) -> Tensor:
     """x_t in one go: sqrt(alpha-bar) x0 + sqrt(1 - alpha-bar) noise.
-    ValueError for two shapes, or for no share. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
+    ValueError for two shapes, or for a share that is not from 0 to 1. Ho et al. 2020, arXiv:2006.11239, eq. 4."""
     same_shape(x0=x0, noise=noise)
     picture, rest = weights_at(alpha_bar, x0)
     return picture*x0 + rest*noise
@@ -51,7 +51,7 @@ def sigma_at(
     t: Tensor | float,   # time, 0 to 999; between two whole numbers too
 ) -> Tensor:
     """The noise beside a picture of weight one, sqrt((1 - alpha-bar)/alpha-bar), float64.
-    TypeError for no scheduler, ValueError for a time that is none. Karras et al. 2022, arXiv:2206.00364."""
+    TypeError for no scheduler, ValueError for a time outside the schedule. Karras et al. 2022, arXiv:2206.00364."""
     if not isinstance(alpha_bar := getattr(scheduler, 'alphas_cumprod', None), Tensor):
         raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
     sigmas = ((1 - alpha_bar)/alpha_bar).sqrt().cpu().double().numpy()
@@ -114,7 +114,7 @@ def begin(
     device: torch.device | str = 'cpu',  # where the times go
     name: str = 'num_inference_steps',   # what the caller calls that number
 ) -> tuple:
-    "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that are none."
+    "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that cannot be taken."
     if not hasattr(type(scheduler), 'from_config'):
         raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
     whole_number(name, num_inference_steps, 1, scheduler.config.num_train_timesteps)

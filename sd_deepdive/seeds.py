@@ -17,5 +17,5 @@ def generators(
     seeds: Sequence[int], # one for each picture
 ) -> list[torch.Generator]:
     """One generator for each picture; on the CPU, so that a seed means the same noise on every device.
-    TypeError or ValueError for what is no seed."""
+    TypeError or ValueError for anything but a seed."""
     return [torch.Generator('cpu').manual_seed(seed) for seed in whole_numbers('seeds', seeds, 0, 2**64 - 1)]

@@ -129,10 +129,10 @@ def test_description():
 
 @pytest.mark.parametrize('word, code, linked', [
     ('styles', 'styles = 5', False), ('styles', 'from sd_deepdive.training.data import styles', True), ('guide', 'def guide(): ...', True),
-    ('text_to_image', 'styles = 5', True), ('guide()', 'styles = 5', True)])
+    ('text_to_image', 'styles = 5', True), ('guide()', 'styles = 5', True), ('walk()', 'def walk(): ...', False)])
 def test_words_that_are_links(word, code, linked):
-    "A plain word is linked to a function only where the notebook defines or imports it: it may be a variable."
-    nb = AttrDict(cells=[mk_cell(code), mk_cell(f'See `{word}`.', 'markdown')])
+    "On the page of `guide`: a plain word is linked only where the notebook defines or imports it, and what it defines itself to no other page."
+    nb = AttrDict(cells=[mk_cell(code), mk_cell(f'See `{word}`.', 'markdown')], path_=CFG.nbs_path/'02_guidance.ipynb')
     links = add_links(nb)
     for cell in nb.cells: links.cell(cell)
     assert ('](' in nb.cells[1].source) == linked
@@ -149,6 +149,12 @@ def test_lesson_page(site, nb, page):
         assert any(urlsplit(link).hostname == host and link.endswith(source) for link in links), host
     nameless = [img['src'][:60] for img in doc.select('main img') if not img.get('alt', '').strip()]
     assert not nameless, f'no `#| fig-alt:` for {nameless}'
+
+
+def test_index(site):
+    "A function has a link to its source, also one from a notebook that nbdev's index leaves out."
+    pages = {nb.stem.split('_', 1)[1]: nb for nb in NBS if 'autoencoder' in nb.name}
+    for page in pages: assert '.py#L' in (site/f'{page}.html').read_text(), page
 
 
 def test_links(site):

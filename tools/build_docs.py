@@ -6,7 +6,8 @@ from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev import serve, showdoc
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
-from pages import Description, Steps
+from pages import Description, Steps, index_all
+from sd_deepdive._modidx import d
 from smalldocs import layout
 from smalldocs.config import load
 from smalldocs.site import Site
@@ -58,6 +59,7 @@ def versions(cfg):
 def process(cfg):
     "Process the notebooks as nbdev does, with the steps of pages.py; to each lesson badges, times and versions are added. Returns their folder."
     refresh_quarto_yml()
+    index_all(d, [file for file in cfg.lib_path.rglob('*.py') if file.name[0] != '_'], ROOT, cfg.nbs_path)
     serve.FilterDefaults, showdoc.BasicMarkdownRenderer = Steps, Description
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Found cells containing imports')

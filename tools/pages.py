@@ -1,9 +1,12 @@
 """What becomes of a notebook on its way to a page: nbdev's steps, with the course's own in the place of some."""
 import ast, re
+from pathlib import Path
+from unittest.mock import patch
 
+from fastcore.basics import AttrDict
 from fastcore.docments import DocmentText, docments
-from nbdev import processors, showdoc
-from nbdev.doclinks import NbdevLookup
+from nbdev import doclinks, processors, showdoc
+from nbdev.doclinks import NbdevLookup, nbpath2html
 from nbdev.process import Processor
 
 IMPORTS, DEFS = (ast.Import, ast.ImportFrom), (ast.FunctionDef, ast.ClassDef)
@@ -19,11 +22,19 @@ class Description(showdoc.BasicMarkdownRenderer):
             self.dm.dm = {k: v for k, v in docments(self.dm.obj, full=True, args_kwargs=True).items() if k != 'self'}
 
 
+def index_all(index, files, root, nbs_path):
+    "Put into nbdev's index what it leaves out: whatever comes from a notebook with 'auto' in its name, the autoencoders."
+    cells = doclinks._iter_py_cells
+    with patch.object(doclinks, '_iter_py_cells', lambda file: (AttrDict(cell | dict(nb='')) for cell in cells(file))):
+        for file in files: index['syms'].update(doclinks._get_modidx(file, root, nbs_path))
+
+
 class Lookup(NbdevLookup):
-    "Where a word of code links to. A plain word may be a variable or a column: it is linked only where its function is known."
-    def __init__(self, known):
+    """Where a word of code links to. A plain word may be a variable or a column: it is linked only where its function is known.
+    What the page makes itself is linked to no other page."""
+    def __init__(self, page, made, known):
         super().__init__()
-        self.known = known
+        self.page, self.made, self.known = page, made, known
 
     def doc(self, sym):
         "The address; a heading's anchor has no underscores around a name such as `__call__`."
@@ -31,7 +42,8 @@ class Lookup(NbdevLookup):
 
     def _link_sym(self, m):
         plain = m[1].isalpha() and m[1].islower() and not m[0].endswith('()`')
-        return m[0] if plain and m[1] not in self.known else super()._link_sym(m)
+        its_own = m[1] in self.made and f'/{self.page}#' not in (self.doc(m[1]) or '')
+        return m[0] if its_own or (plain and m[1] not in self.made | self.known) else super()._link_sym(m)
 
 
 class add_links(Processor):
@@ -39,7 +51,8 @@ class add_links(Processor):
     def __init__(self, nb):
         nodes = [n for c in nb.cells if c.cell_type == 'code' for top in c.parsed_() or [] for n in ast.walk(top)]
         made = {n.name for n in nodes if isinstance(n, DEFS)}
-        self.lookup = Lookup(made | {a.asname or a.name for n in nodes if isinstance(n, IMPORTS) for a in n.names})
+        known = {a.asname or a.name for n in nodes if isinstance(n, IMPORTS) for a in n.names}
+        self.lookup = Lookup(nbpath2html(Path(nb.path_)).name, made, known)
 
     def cell(self, cell):
         if cell.cell_type == 'markdown': cell.source = self.lookup.linkify(cell.source)
@@ -51,6 +64,13 @@ def show_hidden(cell):
     "What is exported without being shown is shown folded: the code below needs it."
     if cell.cell_type == 'code' and 'hide' not in cell.directives_ and {'export', 'exporti'} & cell.directives_.keys():
         cell.directives_ = {'exports': '', 'folded': ''}
+
+
+def add_aside(cell):
+    "A cell that is not run with the rest comes in a box that says why; exercises say it themselves."
+    slow, offline = 'slow' in cell.directives_, cell.directives_.get('eval') != 'false' or re.search(r'# (exercise|check) \d', cell.source)
+    if cell.cell_type != 'code' or not slow and offline: return
+    cell.source = f'#| code-fold: show\n#| code-summary: "{"Slow" if slow else "With a network"}: run this cell by itself"\n{cell.source}'
 
 
 def add_fold(cell):
@@ -67,5 +87,5 @@ def add_fold(cell):
 class Steps(processors.FilterDefaults):
     "nbdev's steps with these in their places."
     def base_procs(self):
-        own = {'add_links': [add_links], 'add_fold': [add_fold], 'rm_export': [show_hidden, processors.rm_export]}
+        own = {'add_links': [add_links], 'add_fold': [add_fold, add_aside], 'rm_export': [show_hidden, processors.rm_export]}
         return [step for old in super().base_procs() for step in own.get(old.__name__, [old])]

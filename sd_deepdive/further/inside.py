@@ -81,7 +81,7 @@ def watch_attention(
     heads: bool = False,   # keep each head, or else their mean
 ) -> Iterator[list[Look]]:
     """While open, collect what attention looks at, a `Look` for each layer and call; what the UNet gives is
-    the same. TypeError for a UNet of the library, ValueError for layers that are none."""
+    the same. TypeError for a UNet of the library, ValueError for layers that are not there."""
     if to not in ('words', 'pixels'):
         raise ValueError(f"to={to!r} is nothing to look at. Give 'words' or 'pixels'.")
     if not isinstance(unet := getattr(parts, 'unet', None), UNet):
@@ -169,7 +169,7 @@ def lay_over(
     heat: Tensor,           # (h, w), of any range: the least of it is shown black, the most yellow
     opacity: float = .6,    # of the map: 0 none, 1 the map alone
 ) -> Image.Image:
-    "A map over a picture in grey, each place of the map a rectangle. ValueError for what is no map."
+    "A map over a picture in grey, each place of the map a rectangle. ValueError for anything but a map."
     picture = on_colour(picture)
     if not 0 <= real_number('opacity', opacity) <= 1:
         raise ValueError(f'opacity={opacity} is out of range. Give a number from 0 to 1.')
@@ -187,7 +187,7 @@ def place_map(
     picture: int = -1,       # which row of the batch
 ) -> Tensor:
     """What one place looks at, (h, w): the mean over looks of its size, the largest, and their heads.
-    ValueError for a place that is none, or for looks at words."""
+    ValueError for a place outside the map, or for looks at words."""
     h, w = max(tuple(look.weights.shape[2:4]) for look in _checked_looks(looks))
     largest = [look.weights for look in looks if look.weights.shape[2:4]==(h, w)]
     if largest[0].shape[-1]!=h*w: raise ValueError("looks are not at places. Watch with to='pixels'.")
@@ -205,7 +205,7 @@ def mark(
     size: tuple[int, int],   # of the map: height, width
     colour: str = 'cyan',    # of the frame
 ) -> Image.Image:
-    "A copy of the picture with a frame around one place of a map. TypeError or ValueError for a place that is none."
+    "A copy of the picture with a frame around one place of a map. TypeError or ValueError for a place outside the map."
     (h, w), marked = _two_sides(size), on_colour(picture).copy()
     whole_number('row', row, 0, h - 1); whole_number('column', column, 0, w - 1)
     try: ImageColor.getrgb(colour)

@@ -53,7 +53,7 @@ def number_wishes(
     seed: int = 0,                  # of the first; each gets the next
     negative_prompt: str = '',      # of all
 ) -> list[Wish]:
-    "A wish for each prompt, its seed by its place. TypeError or ValueError for what is no text or no seed."
+    "A wish for each prompt, its seed by its place. TypeError or ValueError for anything but a text and a seed."
     first = whole_number('seed', seed, 0, 2**63)
     return [Wish(prompt, first + i, negative_prompt) for i, prompt in enumerate(texts('prompts', prompts))]
 
@@ -81,7 +81,7 @@ READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(te
 
 # %% ../../nbs/00_many_pictures.ipynb #6b0d9f2a
 def _wish(row: dict, seed: int) -> Wish:
-    "The wish of a row; `seed` is for one that names none. TypeError or ValueError for a row that is none."
+    "The wish of a row; `seed` is for one that names none. TypeError or ValueError for a row that cannot be used."
     names = ('prompt', 'seed', 'negative_prompt')
     if unknown := [name for name in row if name not in names]:
         raise ValueError(f'{unknown[0]!r} is not known. Name the columns {", ".join(names)}.')
@@ -163,7 +163,7 @@ def fingerprint(
 
 # %% ../../nbs/00_many_pictures.ipynb #e0f8a4f9
 def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None, width: int | None) -> dict:
-    "What all pictures of a run share. TypeError or ValueError for numbers that are none."
+    "What all pictures of a run share. TypeError or ValueError for numbers that cannot be."
     sides = {name: side(name, parts.side if value is None else value, parts.factor)
              for name, value in dict(height=height, width=width).items()}
     return dict(model=str(model), fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,

@@ -41,7 +41,7 @@ def noise_in(
     alpha_bar: Tensor | float,   # the share of the picture in the variance of x_t, one number: `step.alpha_bar`
 ) -> float:
     """The standard deviation of the noise in what the scheduler holds: sqrt(1 - alpha-bar), or sigma where it holds
-    latents larger. TypeError or ValueError for no share."""
+    latents larger. TypeError or ValueError for a share that is not from 0 to 1."""
     of_x0, of_noise = weights_at(alpha_bar, torch.zeros(1, dtype=torch.float64), none=0)
     return (of_noise/of_x0 if _holds_larger(take_apart(parts).scheduler) else of_noise).item()
 
@@ -173,7 +173,7 @@ def mask2latent(
     parts: Parts,        # of a model; a pipeline will do too
     mask: Image.Image,   # white where to draw anew, black where to keep
 ) -> Tensor:
-    """The mask for latents (1, 1, h, w), 0 or 1: 1 where any pixel is to be drawn. TypeError for what is no picture,
+    """The mask for latents (1, 1, h, w), 0 or 1: 1 where any pixel is to be drawn. TypeError for anything but a picture,
     ValueError for a size that does not go into latents."""
     parts = take_apart(parts)
     if not isinstance(mask, Image.Image): raise TypeError(f'mask is of type {type(mask).__name__}. Give a PIL picture.')
@@ -296,7 +296,7 @@ def guided_between(
     high: float,             # sigma from which on it guides
 ) -> Callable[[float], float]:
     """A guidance scale as a function of the time, for the loop: g while low < sigma <= high, else 1.
-    ValueError for no interval. Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5 and 6."""
+    ValueError for limits in the wrong order. Kynkäänniemi et al. 2024, arXiv:2404.07724, eq. 5 and 6."""
     scheduler, g = take_apart(parts).scheduler, real_number('guidance_scale', guidance_scale)
     if not 0 <= real_number('low', low) < real_number('high', high):
         raise ValueError(f'low={low}, high={high} is no interval. Give two sigmas, the smaller first.')
@@ -308,7 +308,7 @@ def rescale(
     like: Tensor,   # the same for the prompt alone
     phi: float,     # 0 leaves it, 1 rescales all of it
 ) -> Tensor:
-    """Brought towards the standard deviation of `like`, picture by picture. ValueError for a phi that is no share.
+    """Brought towards the standard deviation of `like`, picture by picture. ValueError for a phi that is not from 0 to 1.
     Lin et al. 2023, arXiv:2305.08891, eq. 14 to 16."""
     if not 0 <= real_number('phi', phi) <= 1:
         raise ValueError(f'phi={phi} is out of range. Give a number from 0 to 1.')

@@ -177,7 +177,7 @@ def fill_up(
     most: int,                    # tokens
     end: int,                     # the id that fills a row of ids
 ) -> dict[str, list[list]]:
-    "The rows, all of one length where there is padding. ValueError for a padding that is none."
+    "The rows, all of one length where there is padding. ValueError for an unknown padding."
     longest = max(map(len, rows['input_ids']))
     sizes = {False: 0, True: longest, 'longest': longest, 'max_length': most}
     if padding not in [*sizes]:

@@ -71,7 +71,7 @@ def kl_divergence(
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #9df581b3
 def _drawings(rgba: Tensor) -> None:
-    "ValueError for what are no drawings of `stack`."
+    "ValueError for anything but drawings of `stack`."
     tensor('rgba', rgba)
     n, channels, height, width = rgba.shape if rgba.ndim==4 else (0,)*4
     if rgba.dtype!=torch.uint8 or not n or channels!=4 or height!=width or width%16:

@@ -43,7 +43,7 @@ class Block(nn.Module):
 # %% ../../nbs/20_text_meets_pictures.ipynb #3e6a2c55
 class PictureTower(nn.Module):
     """Pictures (B, 3, H, W), -1 to 1, to vectors (B, width), not yet of length 1.
-    For each of `channels`: halve the side, then a block. ValueError for what is no batch of pictures."""
+    For each of `channels`: halve the side, then a block. ValueError for anything but a batch of pictures."""
     def __init__(self,
         width: int = 128,                                # numbers of a vector
         side: int = 64,                                  # pictures are brought to this size
@@ -162,7 +162,7 @@ def shrunk(
     rgba: Tensor,   # (N, 4, H, W) bytes, from `stack`
     side: int,      # pixels
 ) -> Tensor:
-    "The drawings at another size, bytes (N, 4, side, side). TypeError or ValueError for what are no drawings, or no size."
+    "The drawings at another size, bytes (N, 4, side, side). TypeError or ValueError for anything but drawings and a size."
     tensor('rgba', rgba, 'N 4 H W'); whole_number('side', side, 1)
     small = lambda part: F.interpolate(part.float(), size=(side, side), mode='area').round().byte()
     return torch.cat([small(part) for part in rgba.split(500)])

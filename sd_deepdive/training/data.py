@@ -23,14 +23,14 @@ from torch import Tensor
 # %% ../../nbs/18_pictures_and_captions.ipynb #d934662e
 @cache
 def styles() -> tuple[str, ...]:
-    "The styles that the model is trained on."
+    "The styles of the recipe, but for the one kept back."
     return tuple(s['style'] for s in sources()['pictures'] if not s.get('kept_back'))
 
 @cache
 def things(
     n: int | None = None,   # default: all
 ) -> tuple[str, ...]:
-    "The first `n` things that the model learns to draw, in the order of learning. ValueError for too many."
+    "The first `n` things of the recipe, in the order of learning. ValueError for too many."
     names = recipe('things.txt').splitlines()
     if n is not None and not 1 <= n <= len(names):
         raise ValueError(f'n={n}: there are {len(names)} things. Give a number from 1 to {len(names)}.')
@@ -101,7 +101,7 @@ def placings(
     shift: float = 0.,            # at most, in halves of the picture
     flip: bool = False,           # left for right, every other time
 ) -> Tensor:
-    "Affine matrices (n, 2, 3) at random, for `compose`. ValueError for limits that are none."
+    "Affine matrices (n, 2, 3) at random, for `compose`. ValueError for limits that cannot be."
     _check_placings(n, zoom, turn, shift)
     u = lambda *shape: torch.rand(n, *shape, generator=generator)*2 - 1      # -1 to 1
     scale = (zoom[0] + (zoom[1] - zoom[0])*(u() + 1)/2).reciprocal()
@@ -113,7 +113,7 @@ def placings(
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #ceb94699
 def _check_placings(n: int, zoom: tuple[float, float], turn: float, shift: float) -> None:
-    "ValueError for limits that are none."
+    "ValueError for limits that cannot be."
     whole_number('n', n, 1); real_number('turn', turn); real_number('shift', shift)
     if not (len(zoom)==2 and 0 < zoom[0] <= zoom[1]):
         raise ValueError(f'zoom={zoom}: give the smallest and the largest, both above 0, such as (.9, 1.1).')
@@ -134,9 +134,9 @@ def ways(
 ) -> dict[str, int]:
     "The ways to name a drawing, and how often each is taken. The background is not in them."
     thing, style = drawing.thing, drawing.style
-    said = {f'{thing}, {style} style': 40, f'{article(thing)}, {style} style': 20,
+    said = {f'{thing}, {style} style': 34, f'{article(thing)}, {style} style': 20,
             article(thing): 8, thing: 4, f'a {style} emoji of {article(thing)}': 10,
-            f'{style} style, {thing}': 6}
+            f'{style} style, {thing}': 6, f'a {style} emoji': 6}
     return said | ({f'{thing}, {keyword}, {style} style': 12} if keyword else {})
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #9d07a90f

@@ -6,7 +6,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/training_the_diffusion_model.htm
 
 # %% auto #0
 __all__ = ['CONFIG', 'Prepared', 'backgrounds_for', 'text_states', 'placed_latents', 'prepare', 'things_at', 'diffusion_batches',
-           'noise_loss', 'losses_at', 'examples', 'caption_gap', 'min_snr', 'load_start', 'prepared_once',
+           'noise_loss', 'losses_at', 'examples', 'caption_gap', 'min_snr', 'debiased', 'load_start', 'prepared_once',
            'diffusion_report', 'train_diffusion']
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #4f48c724
@@ -50,7 +50,7 @@ class Prepared:
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a288b74c
 def backgrounds_for(
-    style: str,   # one of the five
+    style: str,   # one of `styles()`
 ) -> list[str]:
     "The names of the backgrounds on which a style can be seen: ink on black cannot."
     return ['white' if (style, name)==('ink', 'black') else name for name in BACKGROUNDS]
@@ -60,7 +60,7 @@ def text_states(
     parts: Parts,           # tokenizer and text encoder are used
     texts: Sequence[str],   # captions
 ) -> Tensor:
-    "The hidden states of texts, (N, 77, D), in half precision. TypeError or ValueError for what are no parts, or no texts."
+    "The hidden states of texts, (N, 77, D), in half precision. TypeError or ValueError for anything but parts and texts."
     parts, states = take_apart(parts), []
     with torch.no_grad():
         for ids in token_ids(parts.tokenizer, texts).split(64):
@@ -213,6 +213,13 @@ def min_snr(
     if not gamma > 0: raise ValueError(f'gamma={gamma}: give a number above 0, such as 5.')
     return lambda alpha_bar: (gamma*(1 - alpha_bar)/alpha_bar).clamp(max=1.)
 
+# %% ../../nbs/21_training_the_diffusion_model.ipynb #aac0577b
+def debiased(
+    alpha_bar: Tensor,   # (B,)
+) -> Tensor:
+    "Weights of times for `noise_loss`: 1/sqrt(SNR). Yu et al. 2023, arXiv:2310.08442, section 3."
+    return ((1 - tensor('alpha_bar', alpha_bar, 'B'))/alpha_bar).sqrt()
+
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #66c7bf4a
 def load_start(
     folder: Path,           # of training: what is there already is taken, the rest from the embedded model
@@ -267,6 +274,12 @@ def _stages(text: str) -> list[tuple[int, int]]:
     except ValueError:
         raise ValueError(f"stages={text!r} cannot be read. Give things:last step, such as '24:1500 100:12500'.") from None
 
+def _weighting(name: str) -> Callable | None:
+    "Weights of times for `noise_loss`, by name. ValueError for a name that is not known."
+    known = {'none': None, 'min-snr': min_snr(), 'debiased': debiased}
+    if name not in known: raise ValueError(f'weighting={name!r} is not known. Give one of: {", ".join(known)}.')
+    return known[name]
+
 def _unet(weights: Path | None) -> UNet2DConditionModel:
     "The UNet to go on from, or one with random weights, the same each time."
     torch.manual_seed(0)
@@ -282,6 +295,7 @@ def train_diffusion(
     lr: float = 1e-3,                    # learning rate at its highest
     decay: float = .3,                   # part of the steps in which the rate falls
     coloured: float = .15,               # part of the pictures on a colour
+    weighting: str = 'none',             # of times: or 'min-snr', 'debiased'
     precision: str = 'no',               # or 'bf16'
     weights: Path | None = None,         # a UNet to start from
     every: int = 500,                    # steps between checkpoints and sheets
@@ -295,8 +309,8 @@ def train_diffusion(
     with acc.main_process_first(): ready = prepared_once(out/f'prepared-{most}.pt', parts, use)
     unet = _unet(weights)
     trainer = Trainer(unet, stages[-1][1], lr, out, acc, decay=decay, ema_decay=.998)
-    trainer.fit(diffusion_batches(ready, stages, batch, coloured), noise_loss(parts.scheduler.alphas_cumprod),
-                diffusion_report(parts, ready, stages, out), every)
+    loss = noise_loss(parts.scheduler.alphas_cumprod, _weighting(weighting))
+    trainer.fit(diffusion_batches(ready, stages, batch, coloured), loss, diffusion_report(parts, ready, stages, out), every)
     if not acc.is_main_process: return
     unet.save_pretrained(out/'unet')
-    save_record(out/'record.json', stages=stages, batch=batch, pictures_seen=stages[-1][1]*batch, pictures=len(use))
+    save_record(out/'record.json', stages=stages, batch=batch, weighting=weighting, pictures_seen=stages[-1][1]*batch, pictures=len(use))

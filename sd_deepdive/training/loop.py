@@ -76,7 +76,7 @@ class Trainer:
         store_attr('model,steps,seed')
         self.acc, self.folder, self.losses = acc or accelerator(), folder and file_path('folder', folder), []
         weights = list(model.to(self.acc.device).parameters())
-        self.optimizer = torch.optim.AdamW(weights, lr=lr, betas=(.9, .99), weight_decay=weight_decay)
+        self.optimizer = torch.optim.AdamW(weights, lr=lr, betas=(.9, .99), weight_decay=weight_decay, fused=True)
         falling = round(steps*decay)
         self.schedule = get_wsd_schedule(self.optimizer, min(warmup, steps - falling), falling, num_training_steps=steps, min_lr_ratio=.02)
         self.ema = EMAModel(weights, decay=ema_decay, use_ema_warmup=False, foreach=True)

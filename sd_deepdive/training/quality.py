@@ -52,7 +52,7 @@ def features(
     judge: PictureTower,   # from `load_judge`
     pixels: Tensor,        # (N, 3, H, W), -1 to 1
 ) -> Tensor:
-    "What the judge sees in each picture: unit vectors (N, width). ValueError for what are no pictures."
+    "What the judge sees in each picture: unit vectors (N, width). ValueError for anything but pictures."
     if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels):
         raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give pictures, (N, 3, height, width).')
     with torch.no_grad(): return torch.cat([F.normalize(judge(part), dim=-1) for part in pixels.split(200)])

@@ -1,7 +1,9 @@
 # The embedded model, one command a step. Each goes on from its last checkpoint in artifacts/ and prints as it goes.
-# ARGS="..." hands options to a step (`make train-text ARGS=--help`). Without a GPU: one process of one thread for each core.
+# ARGS="..." hands options to a step (`make train-text ARGS=--help`). Without a GPU: one process of one thread for each core
+# (PROCESSES=1 THREADS=2: one of two; which is faster differs from machine to machine).
 PROCESSES ?= $(shell $(PY) -c "import os, torch; print(torch.cuda.device_count() or os.cpu_count())" 2>/dev/null || echo 1)
-ALL = OMP_NUM_THREADS=1 $(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) -m sd_deepdive.training
+THREADS ?= 1
+ALL = OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/torchrun --nproc-per-node $(PROCESSES) -m sd_deepdive.training
 ONE = $(PY) -m sd_deepdive.training
 
 KEEP = $(PY) -m tools.training.on_the_way
