@@ -107,7 +107,8 @@ def test_lesson_number_and_code(site, nb, page):
         if not {'export', 'exports', 'exporti'} & cell.directives.keys() or 'hide' in cell.directives: continue
         cell.remove_directives()
         assert cell.source.strip() in code
-    assert all(box.text in ('Imports', 'Values') or box.text.startswith('The code of ') for box in doc.select('details.code-fold > summary'))
+    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'The characters of ', 'Slow: ', 'With a network: ')
+    assert all(box in ('Imports', 'Values') or box.startswith(begin) for box in boxes)
 
 
 def of_all(

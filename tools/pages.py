@@ -23,10 +23,13 @@ class Description(showdoc.BasicMarkdownRenderer):
 
 
 def index_all(index, files, root, nbs_path):
-    "Put into nbdev's index what it leaves out: whatever comes from a notebook with 'auto' in its name, the autoencoders."
+    """Put into nbdev's index what it leaves out: the functions and classes of notebooks with 'auto' in their name, the autoencoders.
+    Their methods have no headings of their own."""
     cells = doclinks._iter_py_cells
     with patch.object(doclinks, '_iter_py_cells', lambda file: (AttrDict(cell | dict(nb='')) for cell in cells(file))):
-        for file in files: index['syms'].update(doclinks._get_modidx(file, root, nbs_path))
+        for module, names in (pair for file in files for pair in doclinks._get_modidx(file, root, nbs_path).items()):
+            plain = {name: place for name, place in names.items() if '.' not in name.removeprefix(f'{module}.')}
+            index['syms'].setdefault(module, plain)
 
 
 class Lookup(NbdevLookup):
