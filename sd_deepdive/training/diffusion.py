@@ -215,10 +215,10 @@ def min_snr(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #aac0577b
 def debiased(
-    alpha_bar: Tensor,   # (B,)
+    alphas_cumprod: Tensor,   # (B,), at B times
 ) -> Tensor:
     "Weights of times for `noise_loss`: 1/sqrt(SNR). Yu et al. 2023, arXiv:2310.08442, section 3."
-    return ((1 - tensor('alpha_bar', alpha_bar, 'B'))/alpha_bar).sqrt()
+    return ((1 - tensor('alphas_cumprod', alphas_cumprod, 'B'))/alphas_cumprod).sqrt()
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #66c7bf4a
 def load_start(
