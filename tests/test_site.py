@@ -107,7 +107,7 @@ def test_lesson_number_and_code(site, nb, page):
         if not {'export', 'exports', 'exporti'} & cell.directives.keys() or 'hide' in cell.directives: continue
         cell.remove_directives()
         assert cell.source.strip() in code
-    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'The characters of ', 'Slow: ', 'With a network: ')
+    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'Slow: ', 'With a network: ')
     assert all(box in ('Imports', 'Values') or box.startswith(begin) for box in boxes)
 
 
@@ -152,10 +152,14 @@ def test_lesson_page(site, nb, page):
     assert not nameless, f'no `#| fig-alt:` for {nameless}'
 
 
-def test_index(site):
-    "A function has a link to its source, also one from a notebook that nbdev's index leaves out."
-    pages = {nb.stem.split('_', 1)[1]: nb for nb in NBS if 'autoencoder' in nb.name}
-    for page in pages: assert '.py#L' in (site/f'{page}.html').read_text(), page
+EXPORTED = [(page, module) for nb, page in (getattr(lesson, 'values', lesson) for lesson in LESSONS)
+            for cell in read_nb(CFG.nbs_path/nb).cells if (module := cell.directives.get('default_exp'))]
+
+
+@pytest.mark.parametrize('page, module', EXPORTED)
+def test_source(site, page, module):
+    "What a lesson exports has a link to its source, also where nbdev's index leaves the notebook out."
+    assert f'/{CFG.lib_path.name}/{module.replace(".", "/")}.py#L' in (site/page).read_text()
 
 
 def test_links(site):

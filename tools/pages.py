@@ -71,9 +71,11 @@ def show_hidden(cell):
 
 def add_aside(cell):
     "A cell that is not run with the rest comes in a box that says why; exercises say it themselves."
-    slow, offline = 'slow' in cell.directives_, cell.directives_.get('eval') != 'false' or re.search(r'# (exercise|check) \d', cell.source)
-    if cell.cell_type != 'code' or not slow and offline: return
-    cell.source = f'#| code-fold: show\n#| code-summary: "{"Slow" if slow else "With a network"}: run this cell by itself"\n{cell.source}'
+    if cell.cell_type != 'code': return
+    if 'slow' in cell.directives_: why = 'Slow'
+    elif cell.directives_.get('eval') == 'false' and not re.search(r'# (exercise|check) \d', cell.source): why = 'With a network'
+    else: return
+    cell.source = f'#| code-fold: show\n#| code-summary: "{why}: run this cell by itself"\n{cell.source}'
 
 
 def add_fold(cell):
