@@ -36,10 +36,10 @@ def test_import_is_light():
 
 
 def test_tree_is_small():
-    "The tracked tree stays under 70 MB, a file under 15 MB; weights on their way, which leave with the next model, come to 20 MB at most."
+    "The tracked tree stays under 70 MB, a file under 15 MB; weights on their way, which leave with the next model, come to 22 MB at most."
     sizes = {f.relative_to(ROOT).as_posix(): f.stat().st_size for f in tracked()}
     kept = sum(size for f, size in sizes.items() if f.startswith('tools/training/on_the_way/'))
-    assert sizes and kept < 20*MB and sum(sizes.values()) - kept < 70*MB
+    assert sizes and kept < 22*MB and sum(sizes.values()) - kept < 70*MB
     assert {f: s for f, s in sizes.items() if s > 15*MB} == {}
 
 

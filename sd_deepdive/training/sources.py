@@ -147,7 +147,7 @@ def svgs_of(
     code_of = {name: code_point(code) for code, name in chars.items()}
     by_name = {letters(e['thing']): e for e in by_code.values()}
     for name, icon in icons['icons'].items():
-        emoji = by_code.get(code_of.get(name)) or by_name.get(letters(name))
+        emoji = by_code.get(code_of.get(name)) or by_name.get(letters(name).removeprefix('deciduous'))
         if emoji: yield emoji, svg_text(icons | icon)
 
 # %% ../../nbs/00_sources.ipynb #779a820c

@@ -5,13 +5,14 @@ import shutil
 from pathlib import Path
 from string import Template
 
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+import torch
+from diffusers import PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from fastcore.script import call_parse
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextModel
 
 from sd_deepdive.drawings import read_drawings, write_drawings
 from sd_deepdive.training.data import styles, things
+from sd_deepdive.training.diffusion import load_start
 from sd_deepdive.training.sources import held_out_pairs, sources
 
 from .tokenizer import merges, save_tokenizer
@@ -29,9 +30,10 @@ def replace(new: Path, old: Path):
 
 
 def save_pipeline(folder: Path, to: Path, pairs: list[str]):
-    "The trained networks as diffusers' pipeline: half precision, safetensors; configurations that load in single precision."
+    "The trained networks as diffusers' pipeline, the embedded model's where none was trained: half precision; configurations that load in single."
+    start = load_start(folder, torch.device('cpu'))
     pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL.from_pretrained(folder/'autoencoder'/'vae'), text_encoder=CLIPTextModel.from_pretrained(folder/'text'/'text_encoder'),
+        vae=start.vae, text_encoder=start.text_encoder,
         unet=UNet2DConditionModel.from_pretrained(folder/'diffusion'/'unet'), tokenizer=save_tokenizer(to/'tokenizer', pairs),
         scheduler=PNDMScheduler(skip_prk_steps=True, **SCHEDULE), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     for part in (pipe.vae, pipe.unet, pipe.text_encoder): part.half()
@@ -94,8 +96,8 @@ def assemble(
     new = folder/'data.new'
     shutil.rmtree(new, ignore_errors=True)
     save_data(folder, new)
-    for file in ('by_hand.json', 'words.safetensors'):       # what other commands put there
-        if (package/'data'/file).exists(): shutil.copy(package/'data'/file, new)
+    for file in (package/'data').glob('*'):       # what other commands put there
+        if not (new/file.name).exists(): shutil.copy(file, new)
     replace(new, package/'data')
     for part in ('embedded', 'data'):
         files = [f for f in (package/part).rglob('*') if f.is_file()]

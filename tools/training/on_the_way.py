@@ -11,11 +11,12 @@ from transformers import CLIPTextModel
 from sd_deepdive.places import embedded_folder
 
 KEPT = Path(__file__).parent/'on_the_way'
+TOWERS = 'text', 'judge'
 TABLE = 'embeddings.token_embedding.weight'
 
 
 def keep(folder: Path, to: Path = KEPT):
-    "Half precision: the UNet's averaged weights; the text encoder, of its table only the rows that are not zero; its picture tower."
+    "Half precision: the UNet's averaged weights; the text encoder, of its table only the rows that are not zero; its picture tower; the judge."
     to.mkdir(parents=True, exist_ok=True)
     unet = UNet2DConditionModel.from_pretrained(folder/'diffusion'/'on-the-way')
     save_file({name: w.half().contiguous() for name, w in unet.state_dict().items()}, to/'unet.safetensors')
@@ -24,13 +25,14 @@ def keep(folder: Path, to: Path = KEPT):
     rows = table.abs().sum(1).nonzero().flatten()
     text = {name: w.half() for name, w in text.items() if w.is_floating_point()} | dict(rows=rows.int(), values=table[rows].half())
     save_file({name: w.contiguous() for name, w in text.items()}, to/'text_encoder.safetensors')
-    tower = load_file(folder/'text'/'picture_tower.safetensors')
-    save_file({name: w.half() for name, w in tower.items()}, to/'picture_tower.safetensors')
+    for name in TOWERS:
+        tower = load_file(folder/name/'picture_tower.safetensors')
+        save_file({name: w.half() for name, w in tower.items()}, to/f'{name}_tower.safetensors')
     (to/'record.json').write_text((folder/'text'/'record.json').read_text())
 
 
 def restore(folder: Path, kept: Path = KEPT):
-    "What `keep` wrote, as training expects it: `text/` and a UNet in `diffusion/on-the-way` for `--weights`."
+    "What `keep` wrote, as training expects it: `text/`, `judge/` and a UNet in `diffusion/on-the-way` for `--weights`."
     if not (kept/'unet.safetensors').exists(): raise FileNotFoundError(f'{kept} holds no weights: `make keep` writes them.')
     unet = UNet2DConditionModel.from_pretrained(embedded_folder()/'unet').float()
     unet.load_state_dict({name: w.float() for name, w in load_file(kept/'unet.safetensors').items()})
@@ -42,7 +44,9 @@ def restore(folder: Path, kept: Path = KEPT):
     table[saved.pop('rows')] = saved.pop('values')
     text.load_state_dict(saved | {name: table})
     text.save_pretrained(folder/'text'/'text_encoder')
-    save_file(load_file(kept/'picture_tower.safetensors'), folder/'text'/'picture_tower.safetensors')
+    for name in TOWERS:
+        (folder/name).mkdir(parents=True, exist_ok=True)
+        save_file(load_file(kept/f'{name}_tower.safetensors'), folder/name/'picture_tower.safetensors')
     (folder/'text'/'record.json').write_text((kept/'record.json').read_text())
 
 
