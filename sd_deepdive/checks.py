@@ -50,13 +50,14 @@ def whole_numbers(
 
 # %% ../nbs/00_checks.ipynb #e5f1d0ec
 def real_number(
-    name: str,       # of the argument
-    value: object,   # what was given for it
+    name: str,          # of the argument
+    value: object,      # what was given for it
+    such: float = 3.,   # what may be given, for example
 ) -> float:
     "The value as a float. TypeError if it is not a number, ValueError if it is infinite or not a number (nan)."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name}={value!r} is not a number. Give one, such as 3.0.')
-    if not isfinite(value): raise ValueError(f'{name}={value} is not finite. Give a number such as 3.0.')
+        raise TypeError(f'{name}={value!r} is not a number. Give one, such as {such}.')
+    if not isfinite(value): raise ValueError(f'{name}={value} is not finite. Give a number such as {such}.')
     return float(value)
 
 # %% ../nbs/00_checks.ipynb #b4207d5a

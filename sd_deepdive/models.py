@@ -135,7 +135,7 @@ def text_to_image(
     pipe: StableDiffusionPipeline,       # from `load_pipeline`
     prompt: str | Sequence[str],         # one prompt, or one for each picture
     seeds: int | Sequence[int] = 0,      # one seed, or one for each picture
-    num_inference_steps: int = 25,       # how often the UNet is asked
+    num_inference_steps: int = 25,       # in each the UNet is asked, by PNDM once more
     guidance_scale: float = 3.,          # how strictly the prompt is followed: the next lesson
     negative_prompt: str | Sequence[str] | None = None,  # what should not be seen: the next lesson too
     height: int | None = None,           # pixels; default: what the model was trained for

@@ -68,7 +68,7 @@ def take_apart(
     names = [f.name for f in fields(Parts)]
     if all(hasattr(pipe, name) for name in [*names, 'factor']): return pipe    # parts already
     if not all(hasattr(pipe, name) for name in names) or hasattr(pipe, 'text_encoder_2'):
-        raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. '
+        raise TypeError(f'pipe or parts={reprlib.repr(pipe)} is not a pipeline. '
                         'Give what load_pipeline() or load_parts() returns.')
     return Parts(**{name: getattr(pipe, name) for name in names})
 

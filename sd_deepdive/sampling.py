@@ -70,7 +70,7 @@ def _check(parts: Parts, latents: Tensor, text: Tensor, uncond: Tensor | None, g
 def start_latents(
     parts: Parts,                 # of a model; a pipeline will do too
     noise: Tensor,                # (B, 4, h, w), from `make_noise`
-    num_inference_steps: int,     # how often the UNet is asked, of a run that leaves none out
+    num_inference_steps: int,     # of a run that leaves none out
     init: Tensor | None = None,   # latents of a picture to start from; default: none, begin with noise alone
     start_step: int = 0,          # how many steps to leave out
 ) -> Tensor:
@@ -160,7 +160,7 @@ def denoise(
     text: Tensor,                    # (B, 77, D), from `text_enc`
     uncond: Tensor | None = None,    # (B, 77, D), of the empty or the negative prompts; not needed for g = 1
     guidance_scale: float | Callable[[float], float] = 3.,  # or a function of the time
-    num_inference_steps: int = 25,   # how often the UNet is asked, if no step is left out
+    num_inference_steps: int = 25,   # if none is left out
     start_step: int = 0,             # how many steps to leave out, for a start from a picture
     combine: Callable[[Tensor, Tensor, float], Tensor] = guide,  # makes one of two predictions and g
 ) -> Iterator[Step]:
@@ -205,14 +205,15 @@ def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g,
     yield from denoise(parts, latents, text, uncond, g, steps, start_step)
 
 # %% ../nbs/10_loop.ipynb #a10c0de1
-def _check_request(scheduler, init_img, start_step: int, g, steps: int, size: tuple, batch_size: int) -> None:
-    "A clear error for numbers that cannot be, or that need a picture to start from or forbid one."
+def _check_request(scheduler, init_img, start_step: int, g, steps: int, size: tuple, batch_size: int) -> int:
+    "How many calls of the UNet a batch takes. A clear error for numbers that cannot be, or that need a picture to start from or forbid one."
     whole_number('batch_size', batch_size, 1)
-    scales_at(g, begin(scheduler, steps, start_step, name='steps')[1], 'g')
+    scales = scales_at(g, begin(scheduler, steps, start_step, name='steps')[1], 'g')
     if init_img is None and start_step:
         raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init_img.')
     if init_img is not None and size!=(None, None):
         raise ValueError('height and width are those of init_img: leave them out.')
+    return len(scales)
 
 # %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
@@ -224,7 +225,7 @@ def make_samples(
     start_step: int = 0,             # how many steps to leave out; more keep more of `init_img`
     g: float | Callable[[float], float] = 3.,  # guidance scale, or a function of the time
     seed: int | Sequence[int] = 0,   # one, or one for each picture
-    steps: int = 25,                 # how often the UNet is asked, if no step is left out
+    steps: int = 25,                 # if none is left out
     height: int | None = None,       # pixels; default: of `init_img`, or what the model was trained for
     width: int | None = None,        # likewise
     batch_size: int = 8,             # pictures computed at a time
@@ -232,10 +233,10 @@ def make_samples(
     """Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed.
     TypeError, ValueError or MemoryError, in words, for what does not fit."""
     parts, size = take_apart(parts), (height, width)
-    _check_request(parts.scheduler, init_img, start_step, g, steps, size, batch_size)
+    calls = _check_request(parts.scheduler, init_img, start_step, g, steps, size, batch_size)
     wishes = zip(*pair_wishes(prompts, seed, negative_prompt, ('prompts', 'seed', 'negative_prompt'), init_img=_starts(init_img, parts.factor)))
     pixels, batches = [], list(chunked(wishes, batch_size))
-    with (tqdm(total=len(batches)*steps, delay=20, leave=False) as bar,
+    with (tqdm(total=len(batches)*calls, delay=20, leave=False) as bar,
           enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):
         for batch in batches:
             for step in _batch(parts, *zip(*batch), size, start_step, g, steps): bar.update()

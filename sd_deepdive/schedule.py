@@ -92,7 +92,7 @@ def trained(
 # %% ../nbs/08_noise_schedule.ipynb #245837f3
 def set_timesteps(
     scheduler: object,          # the library's, or one written by hand
-    num_inference_steps: int,   # how often the UNet is asked
+    num_inference_steps: int,   # in each the UNet is asked, by PNDM once more
     device: torch.device | str = 'cpu',  # where the times go
     name: str = 'num_inference_steps',   # what the caller calls that number
 ) -> torch.Tensor:
@@ -109,7 +109,7 @@ def set_timesteps(
 # %% ../nbs/08_noise_schedule.ipynb #33ff7f5b
 def begin(
     scheduler: object,          # the library's, or one written by hand
-    num_inference_steps: int,   # how often the UNet is asked, of a run that leaves none out
+    num_inference_steps: int,   # of a run that leaves none out
     start_step: int = 0,        # how many steps to leave out, for a start from a picture
     device: torch.device | str = 'cpu',  # where the times go
     name: str = 'num_inference_steps',   # what the caller calls that number

@@ -198,7 +198,7 @@ def least_seconds(
     ops: Iterable[Operation],   # from `operations`
     machine: Machine,           # its rates, and what asking costs
 ) -> float:
-    """A lower bound: no operation is faster than its FLOPs, or than its bytes, allow; and none is free.
+    """A lower bound: no operation is faster than its FLOPs, or than its bytes, allow. With a `dispatch`, which is measured, an estimate.
     The roofline of Williams, Waterman and Patterson 2009, operation by operation. ValueError for rates of 0."""
     if not min(machine.flops, machine.bytes) > 0:
         raise ValueError(f'{machine} does nothing. Give rates above 0.')

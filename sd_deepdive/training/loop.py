@@ -72,7 +72,7 @@ class Trainer:
         weight_decay: float = .01,
     ):
         steps, seed = whole_number('steps', steps, 1), whole_number('seed', seed, 0)
-        if real_number('lr', lr) <= 0: raise ValueError(f'lr={lr}: give a rate above 0, such as 1e-3.')
+        if real_number('lr', lr, 1e-3) <= 0: raise ValueError(f'lr={lr}: give a rate above 0, such as 1e-3.')
         store_attr('model,steps,seed')
         self.acc, self.folder, self.losses = acc or accelerator(), folder and file_path('folder', folder), []
         weights = list(model.to(self.acc.device).parameters())

@@ -136,9 +136,10 @@ def quality_rows(
     "Three rows, [name, thing, style]: what is drawn, and between which bounds that lies."
     known = features(judge, on_white(drawings))
     drawn, returned = (features(judge, x.clamp(-1, 1)) for x in (made, back))
-    shuffled = random.Random(1).sample([*wanted], len(wanted))
-    rows = dict(drawn=(drawn, wanted), ceiling=(returned, wanted), floor=(drawn, shuffled))
-    return [[name, *named_right(x, targets, known, drawings).values()] for name, (x, targets) in rows.items()]
+    right = lambda x: [*named_right(x, wanted, known, drawings).values()]
+    others = torch.tensor([right(drawn.roll(k, 0)) for k in range(1, max(2, len(wanted)))])
+    rows = dict(drawn=right(drawn), ceiling=right(returned), floor=others.mean(0).tolist())
+    return [[name, *row] for name, row in rows.items()]
 
 # %% ../../nbs/00_quality.ipynb #b6c7384b
 @torch.no_grad()
@@ -148,7 +149,7 @@ def quality(
     wanted: Sequence[Drawing],     # captions to draw
     drawings: Sequence[Drawing],   # among which the judge finds the nearest
     guidance_scale: float = 3.,    # how strictly captions are followed
-    steps: int = 25,               # how often the UNet is asked
+    steps: int = 25,               # down from noise
 ) -> list[list]:
     "The rows of `quality_rows` for a model: picture k is drawn from seed k."
     captions = [d.caption for d in wanted]
