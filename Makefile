@@ -63,7 +63,8 @@ save: $(READY)  ## after editing notebooks: export code, run them keeping output
 
 lock: $(READY)  ## write lock.txt from the versions in the environment
 	@! $(PY) -m pip show -q jupyterlab 2>/dev/null || { echo "JupyterLab of 'make lab' is in $(VENV) and would get into lock.txt: remove $(VENV) first"; exit 1; }
-	@$(PY) -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -vE '^(pip=|nvidia|cuda|triton)' > lock.txt
+	@$(PY) -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -vE '^(pip=|nvidia|cuda|triton)' > lock.txt.part
+	@grep -q '^torch==' lock.txt.part && mv lock.txt.part lock.txt
 	@touch $(READY)
 
 clean:  ## remove the site and what building left

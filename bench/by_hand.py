@@ -120,9 +120,11 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     parts = dict(batch_1=lambda: embedded(1, args.times), batch_8=lambda: embedded(8, max(2, args.times//5)), full_size=lambda: full_sizes(args.full))
-    record = json.loads(RECORD.read_text()) if args.only else {}
-    record |= dict(date=datetime.date.today().isoformat(), threads=args.threads, torch=torch.__version__, python=platform.python_version(), machine=machine())
-    record |= {name: measure() for name, measure in parts.items() if args.only in (None, name)}
+    kept = json.loads(RECORD.read_text()) if args.only and RECORD.exists() else {}
+    record = dict(date=datetime.date.today().isoformat(), threads=args.threads, torch=torch.__version__, python=platform.python_version(), machine=machine())
+    if other := [name for name in ('machine', 'threads', 'torch') if kept and kept.get(name) != record[name]]:
+        parser.exit(1, f'{RECORD} is of another {" and ".join(other)}. Measure all of it, without --only.\n')
+    record = kept | record | {name: measure() for name, measure in parts.items() if args.only in (None, name)}
     for name, arms in record.items():
         if not isinstance(arms, dict): continue
         print(f'\n{name}')

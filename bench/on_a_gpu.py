@@ -160,8 +160,8 @@ def main():
     keep = json.loads(args.record.read_text()) if args.only and args.record and args.record.exists() else {}
     record = dict(date=datetime.date.today().isoformat(), machine=machine(), torch=torch.__version__, cuda=torch.version.cuda, python=platform.python_version(),
                   diffusers=version('diffusers'), small=args.small, steps=args.steps, times=args.times, guidance_scale=G, batches=[1, 2] if args.small else [1, 8])
-    if keep and any(keep.get(k) != record[k] for k in ('machine', 'torch', 'small')):
-        parser.exit(1, f'{args.record} is of another machine or torch: {keep.get("machine")}, {keep.get("torch")}. Measure all of it, or give another --record.\n')
+    if other := [k for k in ('machine', 'torch', 'diffusers', 'small', 'steps', 'times') if keep and keep.get(k) != record[k]]:
+        parser.exit(1, f'{args.record} differs in {", ".join(f"{k} ({keep.get(k)})" for k in other)}. Measure all of it, or give another --record.\n')
     record = keep | record
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))      # so that the job in progress is ended too
     measure(args, record)

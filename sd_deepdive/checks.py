@@ -9,6 +9,7 @@ __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'text', 'text
            'pair_wishes', 'enough_memory', 'file_path', 'whole_file']
 
 # %% ../nbs/00_checks.ipynb #3f528517
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from math import isfinite
@@ -196,7 +197,9 @@ def whole_file(
         part.unlink(missing_ok=True); part.touch()
         mode = part.stat().st_mode       # the usual one: safetensors makes files that no other user can read
         yield part
-        part.chmod(mode); part.replace(path)
+        part.chmod(mode)
+        with part.open('rb+') as f: os.fsync(f.fileno())     # on the disk before it takes its place, should the power go
+        part.replace(path)
     except (OSError, RuntimeError, SafetensorError) as e:    # torch and safetensors have errors of their own for a full disk
         why = getattr(e, 'strerror', None) or f'{e} '.splitlines()[0].strip()
         raise OSError(f'{path} cannot be written ({why}). Make room there, or give another place.') from None

@@ -25,16 +25,17 @@ from .latents import latents2pil, make_img
 from .models import StableDiffusionPipeline
 from .parts import Parts, take_apart
 from .sampling import denoise, make_noise, make_samples, start_latents
+from .schedule import begin
 from .schedulers import SCHEDULERS, with_scheduler
 from .text import text_enc
 
 # %% ../nbs/00_explore.ipynb #c7ead633
 def explorer(
     draw: Callable[..., Image.Image],  # takes the values of the controls by name
-    side: int = 256,                   # the least height of the picture on the screen, in pixels
+    side: int = 256,                   # the picture is enlarged by a whole number, up to this height in pixels
     **controls: widgets.Widget,        # by name
 ) -> widgets.VBox:
-    "Controls with a picture below them, drawn again when one of them changes. TypeError or ValueError for no controls."
+    "Controls with a picture below them, drawn again when one of them changes. TypeError for what is no control."
     whole_number('side', side, 1)
     if not callable(draw): raise TypeError(f'draw={draw!r} cannot be called. Give a function of the controls.')
     for name, c in controls.items():
@@ -58,7 +59,7 @@ def _knob(kind: type, value, low, high, step, label: str) -> widgets.Widget:
     return kind(value=value, min=low, max=high, step=step, description=label, continuous_update=False)
 
 def _prompt(value: str, label: str = 'prompt') -> widgets.Text:
-    "A line of text that reports on Enter. TypeError for anything but text, ValueError for several."
+    "A line of text that reports on Enter. TypeError for anything but one text."
     value, = texts('prompt', [value])
     return widgets.Text(value, description=label, continuous_update=False)
 
@@ -110,7 +111,7 @@ def explore_film(
 ) -> widgets.VBox:
     "A prompt, a seed, and a step to look at: the noisy latents on the left, the picture they are taken for on the right."
     parts = take_apart(parts)
-    whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
+    calls = len(begin(parts.scheduler, steps, name='steps')[1])
     @lru_cache(8)
     def latents(prompt, seed):
         run = denoise(parts, start_latents(parts, make_noise(parts, seed), steps), text_enc(parts, prompt),
@@ -119,7 +120,7 @@ def explore_film(
     def draw(prompt, seed, step):
         text_enc(parts, prompt)     # at each step, so that its remark on a prompt that is too long stays
         return image_grid(latents2pil(parts, latents(prompt, seed)[step]))    # the others need no decoding
-    return explorer(draw, prompt=_prompt(prompt), seed=_seed(), step=_knob(widgets.IntSlider, steps//2, 0, steps - 1, 1, 'step'))
+    return explorer(draw, prompt=_prompt(prompt), seed=_seed(), step=_knob(widgets.IntSlider, calls//2, 0, calls - 1, 1, 'step'))
 
 # %% ../nbs/00_explore.ipynb #d13cdd1e
 def explore_mixing(

@@ -58,17 +58,20 @@ def check_files(
 ) -> None:
     "OSError if a file is not what its name says; it is removed, so that the next call fetches it again."
     for link in (folder/file for file in files):
-        if not link.is_symlink(): continue      # a cache on a disk without links: sizes have to do
+        if not link.is_symlink() or not link.exists(): continue      # a cache on a disk without links: sizes have to do
         blob = link.parent/os.readlink(link)
-        mark = blob.parents[1]/'.checked'/blob.name
-        if mark.exists() or len(blob.name) not in (40, 64): continue
+        mark, stat = blob.parents[1]/'.checked'/blob.name, blob.stat()
+        seen = f'{stat.st_size} {stat.st_mtime_ns}'      # so that a file that came a second time is looked at again
+        if len(blob.name) not in (40, 64) or mark.exists() and mark.read_text()==seen: continue
         if checksum(blob, git=len(blob.name)==40)!=blob.name:
             with suppress(OSError): link.unlink(), blob.unlink()
-            raise _damaged(name)
-        with suppress(OSError): mark.parent.mkdir(exist_ok=True), mark.touch()
+            raise _damaged(name, blob)
+        with suppress(OSError): mark.parent.mkdir(exist_ok=True), mark.write_text(seen)
 
-def _damaged(name: str) -> OSError:
-    return OSError(f'name={name!r}: a file came from the hub cut short or damaged, and was removed. Call again to fetch it anew.')
+def _damaged(name: str, left: Path | None = None) -> OSError:
+    "What to raise for a file that is not what the hub announced."
+    gone = f'. Remove {left} and call' if left and left.exists() else ', and was removed. Call'
+    return OSError(f'name={name!r}: a file came from the hub cut short or damaged{gone} again to fetch it anew.')
 
 # %% ../nbs/00_hub.ipynb #20a72b8f
 TOKEN = 'set the variable HF_TOKEN to a token of yours'
@@ -109,7 +112,8 @@ def explain(
     answers = [e.response for e in chain if getattr(e, 'response', None) is not None]
     if answers: return _refused(name, said, answers[0])
     if problem := _disk(said, chain): return problem
-    if type(error) is OSError: return _damaged(name)      # of the size that was announced
+    if type(error) is OSError and error.errno: return OSError(f'{said}: {error.strerror}. Look at the disk of {constants.HF_HUB_CACHE}.')
+    if type(error) is OSError: return _damaged(name)      # not of the size that was announced
     here = f'name="{EMBEDDED}" needs no network.'
     if constants.HF_HUB_OFFLINE:
         return ConnectionError(f'{said}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not hold this model. Unset the variable; {here}')

@@ -140,16 +140,17 @@ def show_images(
         x, y = i%cols*(side+gap), height - i//cols*(side+top+gap) - top - side
         ax = fig.add_axes((x/width, y/height, side/width, side/height))
         ax.imshow(on_colour(im), interpolation='nearest'); ax.set_axis_off()
-        if titles: ax.set_title(titles[i], fontsize=9, pad=5)
+        if titles: ax.set_title(titles[i], fontsize=9, pad=5, parse_math=False)
     return fig
 
 # %% ../nbs/00_images.ipynb #a63c3837
 def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
-    "The picture of absolute differences. ValueError if the sizes differ."
+    "The picture of absolute differences, transparent parts laid on white. ValueError for two sizes, or values without a range."
     for name, im in dict(a=a, b=b).items():
         if not isinstance(im, Image.Image): raise TypeError(f'{name}={im!r} is not a PIL picture.')
+        if im.mode[0] in 'IF': raise ValueError(f'{name} has mode {im.mode}, whose values have no range. Give a picture of 8 bits.')
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
-    return ImageChops.difference(a.convert('RGB'), b.convert('RGB'))
+    return ImageChops.difference(on_colour(a), on_colour(b))
 
 # %% ../nbs/00_images.ipynb #8983e3e4
 def max_difference(

@@ -32,7 +32,7 @@ def find_device(
     except (RuntimeError, TypeError): found = None
     if found is None or found.type not in there:
         raise ValueError(f'device={device!r} is not a device. Give one of {", ".join(there)}.') from None
-    if not there[found.type]: raise ValueError(f'device={str(device)!r} is not available on this machine. Leave it out to take the best.')
+    if not there[found.type] or found.type=='cuda' and (found.index or 0) >= torch.cuda.device_count(): raise ValueError(f'device={str(device)!r} is not available on this machine. Leave it out to take the best.')
     return found
 
 # %% ../nbs/00_places.ipynb #3ee2e570
@@ -75,7 +75,7 @@ def _check_files(folder: Path):
     "ValueError for a .json or .safetensors file, wherever it lies in the folder, that cannot be read."
     for file in sorted(folder.rglob('*.json')):
         try: json.loads(file.read_text(encoding='utf-8'))
-        except ValueError as e: raise _damaged(file, folder, e) from None
+        except (ValueError, OSError) as e: raise _damaged(file, folder, e) from None
     for file in sorted(folder.rglob('*.safetensors')):
         try:
             with safe_open(file, 'pt'): pass
@@ -129,10 +129,12 @@ def check_file(
 ) -> Path:
     "The file, if it holds Stable Diffusion 1.x as safetensors; else a ValueError. A pickle is not opened."
     if file.suffix in PICKLE_SUFFIXES: raise ValueError(f'name={str(file)!r} is no .safetensors file. {NO_PICKLES}')
-    unet, first = SD1['unet'], 'model.diffusion_model.input_blocks.'
-    width = unet['block_out_channels'][0]
+    unet, vae, text = (SD1[part] for part in ('unet', 'vae', 'text_encoder'))
+    first, width = 'model.diffusion_model.input_blocks.', unet['block_out_channels'][0]
     shapes = {f'{first}0.0.weight': [width, unet['in_channels'], 3, 3],
-              f'{first}1.1.transformer_blocks.0.attn2.to_k.weight': [width, unet['cross_attention_dim']]}
+              f'{first}1.1.transformer_blocks.0.attn2.to_k.weight': [width, unet['cross_attention_dim']],
+              'first_stage_model.encoder.conv_in.weight': [vae['block_out_channels'][0], vae['in_channels'], 3, 3],
+              'cond_stage_model.transformer.text_model.embeddings.token_embedding.weight': [text['vocab_size'], text['hidden_size']]}
     try:
         with safe_open(file, 'pt') as saved:
             found = {key: saved.get_slice(key).get_shape() for key in shapes if key in saved.keys()}

@@ -101,9 +101,9 @@ def set_timesteps(
     steps = whole_number(name, num_inference_steps, 1, most)
     scheduler.set_timesteps(steps, device=device)
     first = scheduler.timesteps.max().item()
-    if first>=most or steps>10 and first<.75*most:
+    if first>=most or first<most/4 or steps>10 and first<.75*most:
         raise ValueError(f'{name}={steps} would begin at time {first:.0f} of {most - 1}. '
-                         f'Give {most//(most//steps + 1)}.')
+                         f'Give {max(2, most//(most//steps + 1))}.')
     return scheduler.timesteps
 
 # %% ../nbs/08_noise_schedule.ipynb #33ff7f5b

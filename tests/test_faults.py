@@ -121,7 +121,7 @@ def test_bomb(tmp_path, pipe):
     "A picture of 110 million pixels in 14 kB is not unpacked."
     Image.new('1', (10_500, 10_500)).save(file := tmp_path/'bomb.png')
     assert file.stat().st_size < 20_000
-    for call in (lambda image: image_to_image(pipe, 'a bell', image, num_inference_steps=1), lambda image: fit_picture(image, 16, 16)):
+    for call in (lambda image: image_to_image(pipe, 'a bell', image, num_inference_steps=2), lambda image: fit_picture(image, 16, 16)):
         with Image.open(file) as image:
             plain(lambda: call(image), '110 million pixels', 'Make it smaller')
             assert image.tile, 'it was read'
@@ -187,7 +187,7 @@ def test_weights_of_another_part(tmp_path, pipe, part, key):
 @pytest.mark.parametrize('side', [2**23, 2**34, 2**43])
 def test_too_large(parts, side):
     "A picture for which no memory is enough, or whose bytes cannot be counted."
-    plain(lambda: make_samples(parts, 'a bell', height=side, width=side, steps=1), 'Lower batch_size', kind=MemoryError)
+    plain(lambda: make_samples(parts, 'a bell', height=side, width=side, steps=2), 'Lower batch_size', kind=MemoryError)
 
 
 @pytest.mark.filterwarnings('error')
@@ -369,14 +369,14 @@ def by_hand(parts): return Tokenizer.from_pretrained(embedded_folder()/'tokenize
 def test_prompts(parts, by_hand, prompt):
     "Any text is drawn, and cut off at the same place by both tokenizers; half of a character is refused."
     if any('\ud800' <= c <= '\udfff' for c in prompt):
-        plain(lambda: make_samples(parts, prompt, steps=1), 'half of a character')
+        plain(lambda: make_samples(parts, prompt, steps=2), 'half of a character')
         return plain(lambda: cut_off(by_hand, prompt), 'half of a character')
-    assert make_samples(parts, prompt, steps=1).isfinite().all()
+    assert make_samples(parts, prompt, steps=2).isfinite().all()
     assert cut_off(by_hand, prompt) == cut_off(parts.tokenizer, prompt)
 
 
-@pytest.mark.parametrize('draw', [lambda pipe, **texts: make_samples(pipe, texts.pop('prompt'), steps=1, **texts),
-                                  lambda pipe, **texts: text_to_image(pipe, num_inference_steps=1, **texts)], ids=['parts', 'pipeline'])
+@pytest.mark.parametrize('draw', [lambda pipe, **texts: make_samples(pipe, texts.pop('prompt'), steps=2, **texts),
+                                  lambda pipe, **texts: text_to_image(pipe, num_inference_steps=2, **texts)], ids=['parts', 'pipeline'])
 def test_told_of_cut(draw, pipe, caplog):
     "Whoever draws, and whichever prompt is too long: the course says so, and the libraries add nothing."
     for library in ('diffusers', 'transformers'): logging.getLogger(library).addHandler(caplog.handler)

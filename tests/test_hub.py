@@ -380,12 +380,13 @@ def test_single_file(single, offline, dtype):
 def test_wrong_files(single, tmp_path):
     "Cut short, another model, a part alone, by hand, missing, a pickle: each is told, and the pickle is not opened."
     weights = load_file(single)
-    cut, other, part, gone = (tmp_path/f'{name}.safetensors' for name in ('cut', 'other', 'part', 'gone'))
+    cut, other, part, alone, gone = (tmp_path/f'{name}.safetensors' for name in ('cut', 'other', 'part', 'alone', 'gone'))
     cut.write_bytes(single.read_bytes()[:-50])
     first = 'model.diffusion_model.input_blocks.0.0.weight'
     save_file(weights | {first: torch.zeros(48, 9, 3, 3)}, other)
     save_file({k: v for k, v in weights.items() if k.startswith('first_stage_model')}, part)
-    for file, words in {cut: 'cut short', other: 'another model', part: 'part alone', gone: 'no such file'}.items():
+    save_file({k: v for k, v in weights.items() if k.startswith('model.diffusion_model')}, alone)
+    for file, words in {cut: 'cut short', other: 'another model', part: 'part alone', alone: 'part alone', gone: 'no such file'}.items():
         with pytest.raises(ValueError, match=f'{file.name}.*{words}'): load_pipeline(file, 'cpu')
     with pytest.raises(ValueError, match='is a file.*save_pretrained'): load_parts(single, 'cpu')
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import launch
+from conftest import launch, python
 from PIL import Image
 
 from sd_deepdive.further.many import Wish, draw_many, is_drawn, number_wishes, picture_file, read_wishes, write_picture
@@ -98,9 +98,9 @@ def test_interrupted(parts, tmp_path, monkeypatch):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, 'save', interrupted)
-        with pytest.raises(KeyboardInterrupt): draw_many(parts, number_wishes('sun'), tmp_path/'x', steps=1)
+        with pytest.raises(KeyboardInterrupt): draw_many(parts, number_wishes('sun'), tmp_path/'x', steps=2)
     assert [f.name for f in (tmp_path/'x').rglob('*') if f.is_file()] == ['run.json']
-    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'x', steps=1)) == 1
+    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'x', steps=2)) == 1
 
 
 @pytest.mark.parametrize('damage', [lambda b: b'', lambda b: b[:40], lambda b: b[:len(b)//2], lambda b: b[:-20], lambda b: b[:900] + b'?' + b[901:]],
@@ -141,9 +141,15 @@ def test_other_runs(run, parts, tmp_path):
     assert [f.name for f in longer] == ['000009.png']
 
 
+def test_fingerprint():
+    "A library's pipeline has the same in every process, whatever the order of its sets."
+    code = 'from sd_deepdive.further.many import fingerprint; from sd_deepdive.parts import load_parts; print(fingerprint(load_parts(device="cpu")))'
+    assert len({python(code, PYTHONHASHSEED=seed) for seed in '123'}) == 1
+
+
 WRONG = [('a.txt', 'sun\n\nmoon\n', 'a.txt, line 2: prompt is empty'), ('a.txt', '', 'line 1: prompt is empty'), ('a.txt', 'a\tb', 'control character'),
          ('a.csv', 'prompt,seed\nsun,-1\n', 'line 2: seed'), ('a.csv', 'prompt,seed\nsun,1.5\n', 'line 2: seed'), ('a.csv', 'prompt\n', 'holds no prompts'),
-         ('a.csv', 'prompt,text\nsun,x\n', "'text' is not known"), ('a.csv', 'prompt\nsun,3\n', 'line 2: None is not known'), ('a.csv', 'seed\n3\n', 'line 2: prompt is empty'),
+         ('a.csv', 'prompt,text\nsun,x\n', "'text' is not known"), ('a.csv', 'prompt\nsun,3\n', 'line 2: there are more values'), ('a.csv', 'seed\n3\n', 'line 2: prompt is empty'),
          ('a.jsonl', '{"prompt": "sun"}\n["moon"]', 'line 2 is no JSON object'), ('a.jsonl', '{"prompt": 3}', 'prompt=3 is not text'),
          ('a.jsonl', '{"prompt": "sun", "seed": true}', 'seed=True is not a whole number'), ('a.json', '[]', 'ends in none of .txt, .csv, .jsonl')]
 
@@ -172,4 +178,4 @@ def test_wrong_arguments(parts, tmp_path):
     for wrong, kind, message in ((dict(wishes=['sun']), TypeError, 'number_wishes'), (dict(batch_size=0), ValueError, 'batch_size=0'),
                                  (dict(steps=0), ValueError, 'steps=0'), (dict(g='3'), TypeError, "g='3'")):
         with pytest.raises(kind, match=message): draw_many(parts, **dict(wishes=number_wishes('sun'), folder=tmp_path/'x') | wrong)
-    with pytest.raises(ValueError, match='width=100'): draw_many(parts, number_wishes('sun'), tmp_path/'y', width=100, steps=1)
+    with pytest.raises(ValueError, match='width=100'): draw_many(parts, number_wishes('sun'), tmp_path/'y', width=100, steps=2)

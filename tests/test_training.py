@@ -112,6 +112,32 @@ def test_checkpoint_that_is_none(tmp_path):
         Trainer(torch.nn.Linear(3, 1), 5, .1, tmp_path).fit(lambda g, step: dict(x=torch.randn(4, 3, generator=g)), lambda m, x: m(x).square().mean())
 
 
+def test_lower_rate(tmp_path):
+    "Training that goes on goes on at the rate that is asked for now, where in its course it is; the network does not leave its device."
+    draw, loss = lambda g, step: dict(x=torch.randn(4, 3, generator=g)), lambda m, x: m(x).square().mean()
+    def trainer(lr): return Trainer(torch.nn.Linear(3, 1), 20, lr, tmp_path, warmup=2)
+    half = trainer(.1)
+    half.steps = 16
+    half.fit(draw, loss, every=1)
+    rates = []
+    for lr in (.1, .01):
+        again = trainer(lr)
+        again.load()
+        rates.append(again.optimizer.param_groups[0]['lr'])
+        again.optimizer.step(), again.schedule.step()
+        rates.append(again.schedule.get_last_lr()[0])
+    assert rates[0] == half.schedule.get_last_lr()[0] and .01 < rates[1] < rates[0] < .1
+    assert torch.allclose(torch.tensor(rates[:2])/10, torch.tensor(rates[2:]))
+
+
+def test_gradient_that_is_none(tmp_path):
+    "A gradient that is not finite, of a loss that is, ends training before it spoils the weights."
+    line = torch.nn.Linear(3, 1)
+    with pytest.raises(FloatingPointError, match='length of its gradient (nan|inf).*lower lr'.replace('lower', 'Lower')):
+        Trainer(line, 5, .1, tmp_path).fit(lambda g, step: dict(x=torch.zeros(4, 3)), lambda m, x: (m(x)*0).sum().abs().sqrt())
+    assert all(w.isfinite().all() for w in line.parameters()) and not (tmp_path/'checkpoint.pt').exists()
+
+
 # The recipe --------------------------------------------------------------------------------------------------------
 
 def test_slice():

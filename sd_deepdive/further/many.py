@@ -29,7 +29,7 @@ from ..parts import Parts, take_apart
 from ..places import EMBEDDED
 from ..sampling import make_samples
 from ..scratch.parts import load_parts
-from ..training.loop import accelerator, save_record
+from ..training.loop import accelerator, same_run
 
 # %% ../../nbs/00_many_pictures.ipynb #f54d2480
 @dataclass(frozen=True)
@@ -83,6 +83,7 @@ READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(te
 def _wish(row: dict, seed: int) -> Wish:
     "The wish of a row; `seed` is for one that names none. TypeError or ValueError for a row that cannot be used."
     names = ('prompt', 'seed', 'negative_prompt')
+    if None in row: raise ValueError('there are more values than columns. Put quotes around a prompt with a comma.')
     if unknown := [name for name in row if name not in names]:
         raise ValueError(f'{unknown[0]!r} is not known. Name the columns {", ".join(names)}.')
     given = {name: value for name, value in row.items() if value not in (None, '')}
@@ -154,7 +155,8 @@ def fingerprint(
     parts: Parts,   # of any model
 ) -> str:
     "Twelve hex digits from 64 numbers of each weight and the scheduler's config: another model has others."
-    digest = hashlib.sha256(repr(sorted(parts.scheduler.config.items())).encode())
+    config = {k: v for k, v in parts.scheduler.config.items() if k[0]!='_'}     # no versions, and no lists in an order of chance
+    digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for network in (parts.text_encoder, parts.unet, parts.vae):
         for weight in network.parameters():
             some = weight.detach().flatten()[::max(1, weight.numel()//64)]
@@ -173,19 +175,14 @@ def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None
 # %% ../../nbs/00_many_pictures.ipynb #8e17b3c6
 def _claim(folder: Path, settings: dict) -> None:
     "Begin a run in a folder, or go on with one. ValueError if it is of other settings, or cannot be used."
-    record, go_on = folder/'run.json', settings
+    record = folder/'run.json'
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if record.exists(): go_on = json.loads(record.read_text())
-        elif any(file.name!='run.json.part' for file in folder.iterdir()):
+        if not record.exists() and any(file.name!='run.json.part' for file in folder.iterdir()):
             raise ValueError(f'{folder} holds files and no run.json. Give an empty folder, or a new one.')
-        else: save_record(record, **settings)
+        same_run(record, settings)
     except OSError as e:
         raise ValueError(f'{folder} cannot be used: {e.strerror or e}. Give another folder.') from None
-    except json.JSONDecodeError: raise ValueError(f'{record} is damaged. Give another folder.') from None
-    if differ := [f'{k}={go_on.get(k)!r}, wanted is {v!r}' for k, v in settings.items() if go_on.get(k)!=v]:
-        raise ValueError(f'{folder} holds another run: {"; ".join(differ)}. '
-                         'Give another folder, or the settings of that run.')
 
 # %% ../../nbs/00_many_pictures.ipynb #cf9f5d3e
 def _todo(folder: Path, wishes: Sequence[Wish], settings: dict, acc: Accelerator) -> tuple[list, int]:
@@ -227,7 +224,7 @@ def draw_many(
 ) -> list[Path]:
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
-    parts, acc, folder = take_apart(parts), acc or accelerator(), file_path('folder', folder)
+    parts, acc, folder, wishes = take_apart(parts), acc or accelerator(), file_path('folder', folder), list(wishes)
     if wrong := [w for w in wishes if not isinstance(w, Wish)]:
         raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')
     settings = _settings(parts, model, g, steps, height, width)

@@ -32,7 +32,7 @@ from ..text import cut_off, text_enc
 from ..training.adapt import add_lora, lora_layers, merge_lora, picture_batches
 from ..training.clip import token_ids
 from ..training.diffusion import losses_at, noise_loss
-from ..training.loop import Trainer, save_record, save_sheet
+from ..training.loop import Trainer, same_run, save_record, save_sheet
 from ..training.quality import nearest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -49,10 +49,10 @@ class Example:
 def read_captions(
     folder: Path,            # with the pictures
     captions: Path,          # a CSV with the columns `file` and `caption`
-    group: str = 'patient',  # name of a third column; without it each picture is a group of its own
+    group: str | None = 'patient',  # a column: pictures that have it in common stay together; None: each picture by itself
 ) -> list[Example]:
-    """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column or
-    all lines."""
+    """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column, a
+    group or all lines."""
     folder, captions = file_path('folder', folder), file_path('captions', captions)
     name = captions.name
     if not Path(captions).is_file():
@@ -65,8 +65,10 @@ def read_captions(
         found = ', '.join(map(str, rows[0])) if rows else 'no line'
         raise ValueError(f"{name} has {found}. Give it the columns 'file' and 'caption', and lines.")
     cell = lambda row, name: (row.get(name) or '').strip()
-    return [Example(folder/cell(row, 'file'), cell(row, 'caption'),
-                    cell(row, group) or cell(row, 'file')) for row in rows]
+    if group and (without := [n for n, row in enumerate(rows, 2) if not cell(row, group)]):
+        raise ValueError(f"{name} has no {group!r} in {len(without)} lines, the first of them {without[0]}. "
+                         'Fill in whom each picture is from, or give group=None if no two have anything in common.')
+    return [Example(folder/cell(row, 'file'), cell(row, 'caption'), cell(row, group or 'file')) for row in rows]
 
 # %% ../../nbs/26_your_own_pictures.ipynb #af5786ec
 def _fault(parts: Parts, example: Example) -> str:
@@ -283,7 +285,7 @@ def own_pictures(
     folder: Path = Path('pictures'),   # with the pictures
     captions: Path | None = None,      # the table; default: `captions.csv` in the folder
     out: Path = Path('own_model'),     # gets checkpoints, a sheet of samples, a record, and the model
-    group: str = 'patient',            # the column that says whom a picture is from
+    group: str = 'patient',            # the column that says whom a picture is from; '' if no two are from one
     share: float = .2,                 # of the groups, held out
     steps: int = 1000,                 # of training
     batch: int = 8,                    # pictures in a batch
@@ -293,15 +295,19 @@ def own_pictures(
 ) -> None:
     "From a folder of pictures and a table of captions to a model."
     parts, out, folder = load_parts(dtype=torch.float32), Path(out), Path(folder)
-    examples = read_captions(folder, captions or folder/'captions.csv', group)
+    examples = read_captions(folder, captions or folder/'captions.csv', group or None)
     if faults := problems(parts, examples): raise SystemExit('\n'.join(['The data has faults:', *faults]))
     train, held = split(examples, share)
     latents, unseen = encode(parts, train), encode(parts, held)
     said, asked = [e.caption for e in train], [e.caption for e in held]
+    data = hashlib.sha256(repr(said).encode() + latents.cpu().numpy().tobytes()).hexdigest()[:12]
+    out.mkdir(parents=True, exist_ok=True)
+    same_run(out/'run.json', dict(data=data, share=share, steps=steps, batch=batch, lr=lr, rank=rank))
     before = held_out_loss(parts, unseen, asked)
     fine_tune(parts, latents, said, steps, lr, batch, rank, out, every=every)
     after = held_out_loss(parts, unseen, asked)
-    print(f'{len(train)} pictures learned, {len(held)} held out; their loss {before:.4f}, now {after:.4f}')
+    groups = [len({e.group for e in side}) for side in (train, held)]
+    print(f'{len(train)} pictures of {groups[0]} groups learned, {len(held)} of {groups[1]} held out; their loss {before:.4f}, now {after:.4f}')
     save_sheet(make_samples(parts, asked[:16], seed=[*range(len(asked[:16]))]), 4, out/'sheet.png')
     save_record(out/'record.json', steps=steps, batch=batch, train=len(train), held=len(held),
                 before=before, after=after)

@@ -241,7 +241,7 @@ def parse_weights(
     prompt: str,   # with weights, such as "octopus, (3d:1.3) style"
 ) -> tuple[str, list[tuple[int, int, float]]]:
     """The prompt as the text encoder is to read it, and (start, end, weight) of each weighted piece of it, in letters.
-    Brackets without a weight stay as they are. TypeError if it is no text, ValueError for a weight without end."""
+    Brackets without a weight stay as they are. TypeError if it is no text, ValueError for a weight too large to be a number."""
     if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
     plain, spans, last = '', [], 0
     for found in re.finditer(r'\(([^():]+):(-?\d+\.?\d*|-?\.\d+)\)', prompt):
@@ -262,7 +262,7 @@ def token_weights(
     weights = torch.ones(whole_number('length', length, 2))
     for k, (a, b) in enumerate(tokenizer(plain, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1], 1):
         for start, end, weight in spans:
-            if a < end and b > start and k < length: weights[k] = weight
+            if a < end and b > start and k < length - 1: weights[k] = weight
     return weights
 
 # %% ../../nbs/24_steer_it.ipynb #0ee9da99

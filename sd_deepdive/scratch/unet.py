@@ -254,7 +254,7 @@ def forward(
     text, config = encoder_hidden_states, self.config
     tensor('sample', sample, f'B {config.in_channels} h w')
     if not isinstance(text, KeysValues):
-        tensor('encoder_hidden_states', text, f'B tokens {config.cross_attention_dim}')
+        tensor('encoder_hidden_states', text, f'{len(sample)} tokens {config.cross_attention_dim}')
     time, kept = self.embed_time(timestep, sample), [self.conv_in(sample)]
     for row in self.down():
         kept.append(run(row, kept[-1], time, text))

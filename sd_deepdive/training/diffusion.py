@@ -207,7 +207,7 @@ def caption_gap(
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #0501a66f
 def min_snr(
-    gamma: float = 5.,   # the largest weight, as a ratio of signal to noise
+    gamma: float = 5.,   # the ratio of signal to noise above which a time counts less
 ) -> Callable:
     "Weights of times for `noise_loss`: min(SNR, gamma)/SNR. Hang et al. 2023, arXiv:2303.09556, section 3.4."
     if not gamma > 0: raise ValueError(f'gamma={gamma}: give a number above 0, such as 5.')
@@ -238,14 +238,18 @@ def prepared_once(
     parts: Parts,                  # as `prepare` takes them
     drawings: Sequence[Drawing],   # to learn from
 ) -> Prepared:
-    "What `prepare` returns, from the file if it is there. ValueError if it is not of so many drawings."
+    "What `prepare` returns, from the file if it is there. ValueError if that is of other drawings or networks."
     cache, drawings = file_path('cache', cache), check_drawings(drawings)
-    if not cache.exists(): save_whole(cache, vars(prepare(parts, drawings)) | dict(drawings=None))
+    names = [[d.thing, d.style] for d in drawings]
+    if not cache.exists(): save_whole(cache, vars(prepare(parts, drawings)) | dict(drawings=names))
     state = read_state(cache)
     if state.keys()!={field.name for field in fields(Prepared)} or not isinstance(state['latents'], Tensor):
         raise ValueError(f'{cache} was not made by prepare. Remove the file.')
-    if (n := len(state['latents']))!=len(drawings):
-        raise ValueError(f'{cache} holds {n} drawings, {len(drawings)} are given. Remove the file, or give those that it was made of.')
+    if state['drawings']!=names:
+        raise ValueError(f'{cache} was made of other drawings. Remove the file, or give those that it was made of.')
+    again = prepare(parts, drawings[:1])    # by these networks
+    if any(not torch.allclose(getattr(again, name)[0].float(), state[name][0].float(), atol=.05) for name in ('latents', 'states')):
+        raise ValueError(f'{cache} was made by another autoencoder or text encoder. Remove the file.')
     return Prepared(**state | dict(drawings=drawings))
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #a21c0de1

@@ -55,7 +55,7 @@ def features(
     "What the judge sees in each picture: unit vectors (N, width). ValueError for anything but pictures."
     if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels):
         raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give pictures, (N, 3, height, width).')
-    with torch.no_grad(): return torch.cat([F.normalize(judge(part), dim=-1) for part in pixels.split(200)])
+    with torch.no_grad(): return torch.cat([F.normalize(judge(part), dim=-1) for part in pixels.to(next(judge.parameters())).split(200)])
 
 # %% ../../nbs/00_quality.ipynb #a97d26a8
 def on_white(

@@ -23,7 +23,7 @@ import tarfile
 import tomllib
 import unicodedata
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from fastcore.script import call_parse
 from functools import cache
 from importlib.resources import files
@@ -53,7 +53,7 @@ def client(
 ) -> list[str]:
     "The command that fetches a package into a folder. FileNotFoundError if its client is not installed."
     npm = ['npm', 'pack', '--silent', '--pack-destination', str(folder), f'{package}@{version}']
-    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '-d', str(folder),
+    pip = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--only-binary=:all:', '-d', str(folder),
            f'{package}=={version}']
     command = npm if kind=='sha512' else pip
     if not shutil.which(command[0]):
@@ -194,8 +194,8 @@ def drawings_of(
     by_code = {e['code']: e for e in table}
     found = {}
     for e, drawing in read(fetch(**source, folder=packages), by_code): found.setdefault(e['code'], drawing)
-    with ProcessPoolExecutor() as pool:
-        drawn = pool.map(rasterise, found.values(), chunksize=32)
+    with ThreadPoolExecutor() as pool:
+        drawn = pool.map(rasterise, found.values())
         images = [*tqdm(drawn, total=len(found), desc=source['style'], delay=2)]
     unseen = lambda thing: source.get('kept_back', False) or (thing, source['style']) in held_out_pairs()
     return [Drawing(e['thing'], source['style'], e['keywords'], unseen(e['thing']), image)

@@ -25,8 +25,12 @@ SLICE_THINGS = 24
 def replace(new: Path, old: Path):
     "Put folder `new` in the place of `old`, its files readable by everyone."
     for file in new.rglob('*.safetensors'): file.chmod(0o644)
-    shutil.rmtree(old, ignore_errors=True)
-    new.rename(old)
+    beside, before = (old.with_name(f'{old.name}.{end}') for end in ('new', 'old'))
+    for folder in (beside, before): shutil.rmtree(folder, ignore_errors=True)
+    shutil.copytree(new, beside)      # `new` may lie on another disk
+    if old.exists(): old.rename(before)
+    beside.rename(old)
+    for folder in (new, before): shutil.rmtree(folder, ignore_errors=True)
 
 
 def save_pipeline(folder: Path, to: Path, pairs: list[str]):
