@@ -133,7 +133,7 @@ def check_file(
     first, width = 'model.diffusion_model.input_blocks.', unet['block_out_channels'][0]
     shapes = {f'{first}0.0.weight': [width, unet['in_channels'], 3, 3],
               f'{first}1.1.transformer_blocks.0.attn2.to_k.weight': [width, unet['cross_attention_dim']],
-              'first_stage_model.encoder.conv_in.weight': [vae['block_out_channels'][0], vae['in_channels'], 3, 3],
+              'first_stage_model.encoder.conv_in.weight': [vae['block_out_channels'][0], 3, 3, 3],
               'cond_stage_model.transformer.text_model.embeddings.token_embedding.weight': [text['vocab_size'], text['hidden_size']]}
     try:
         with safe_open(file, 'pt') as saved:

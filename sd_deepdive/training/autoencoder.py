@@ -131,7 +131,7 @@ def round_trips(
     pixels: Tensor,       # (N, 3, H, W), -1 to 1
 ) -> Tensor:
     "Pixels encoded and decoded, the most likely latents between. Same shape. ValueError for another."
-    back = lambda part: vae.decode(vae.encode(part.to(vae.device, vae.dtype)).latent_dist.mode()).sample.to(part)
+    back = lambda part: vae.decode(vae.encode(part.to(next(vae.parameters()))).latent_dist.mode()).sample.to(part)
     return torch.cat([back(part) for part in _pictures(pixels)])
 
 @torch.no_grad()

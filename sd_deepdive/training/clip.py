@@ -15,6 +15,7 @@ import random
 import torch
 import torch.nn.functional as F
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from fastcore.basics import patch
 from fastcore.script import call_parse
 from importlib.resources import files
@@ -146,6 +147,7 @@ def load_clip(
 ) -> Clip:
     "The pair that was trained together, in single precision. ValueError for a file of something else."
     with quiet(): text = text or CLIPTextModel.from_pretrained(embedded_folder()/'text_encoder').float()
+    if text.dtype!=torch.float32: text = deepcopy(text).float()     # that of a model in half precision
     model = Clip(text)
     file = Path(tower or str(files('sd_deepdive')/'data'/'picture_tower.safetensors'))
     try: weights = load_file(file)
@@ -155,7 +157,7 @@ def load_clip(
     if rest!=weights.keys():
         raise ValueError(f'tower={file.name!r} is no picture tower. Give a file that save_tower wrote.')
     model.load_state_dict({name: w.float() for name, w in weights.items()}, strict=False)
-    return model.eval()
+    return model.eval().to(text.device)
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #84e7bba0
 def shrunk(
