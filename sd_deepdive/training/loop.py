@@ -123,6 +123,8 @@ def same_run(
     settings: dict,  # numbers and texts by name: what it is of
 ) -> None:
     "Write down what a run is of, or compare it with what is there. ValueError if they differ, or the record is damaged."
+    record = file_path('record', record)
+    if not isinstance(settings, dict): raise TypeError(f'settings={settings!r} is no dictionary. Give values by name.')
     if not record.exists(): return save_record(record, **settings)
     try: kept = dict(json.loads(record.read_text()))
     except (ValueError, TypeError): raise ValueError(f'{record} is damaged. Give another folder.') from None
