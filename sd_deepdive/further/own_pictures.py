@@ -279,6 +279,28 @@ def save_model(
         raise OSError(f'{folder} cannot be written ({f"{e} ".splitlines()[0].strip()}). '
                       'Make room there, or give another place.') from None
 
+# %% ../../nbs/26_your_own_pictures.ipynb #26febb54
+def _sides(parts: Parts, folder: Path, captions: Path | None, group: str, share: float) -> tuple[list[Example], list[Example]]:
+    "Those to learn from and those held out. SystemExit with a list if the data has faults."
+    examples = read_captions(folder, captions or folder/'captions.csv', group or None)
+    if faults := problems(parts, examples): raise SystemExit('\n'.join(['The data has faults:', *faults]))
+    return split(examples, share)
+
+# %% ../../nbs/26_your_own_pictures.ipynb #b0b62840
+def _claim(out: Path, latents: Tensor, captions: list[str], **settings: float) -> None:
+    "Begin a run in a folder, or go on with it. ValueError if the folder holds one of other pictures or settings."
+    data = hashlib.sha256(repr(captions).encode() + latents.numpy().tobytes()).hexdigest()[:12]
+    same_run(out/'run.json', dict(data=data) | settings)
+
+# %% ../../nbs/26_your_own_pictures.ipynb #95edfe85
+def _leave(out: Path, parts: Parts, train: list[Example], held: list[Example], **record: float) -> None:
+    "Tell of a run, draw held-out captions, and write down how it went."
+    groups = lambda side: len({e.group for e in side})
+    print(f'{len(train)} pictures of {groups(train)} groups learned, {len(held)} of {groups(held)} held out; their loss {record["before"]:.4f}, now {record["after"]:.4f}')
+    asked = [e.caption for e in held[:16]]
+    save_sheet(make_samples(parts, asked, seed=[*range(len(asked))]), 4, out/'sheet.png')
+    save_record(out/'record.json', train=len(train), held=len(held), **record)
+
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9
 @call_parse
 def own_pictures(
@@ -294,21 +316,12 @@ def own_pictures(
     every: int = 250,                  # steps between checkpoints
 ) -> None:
     "From a folder of pictures and a table of captions to a model."
-    parts, out, folder = load_parts(dtype=torch.float32), Path(out), Path(folder)
-    examples = read_captions(folder, captions or folder/'captions.csv', group or None)
-    if faults := problems(parts, examples): raise SystemExit('\n'.join(['The data has faults:', *faults]))
-    train, held = split(examples, share)
-    latents, unseen = encode(parts, train), encode(parts, held)
-    said, asked = [e.caption for e in train], [e.caption for e in held]
-    data = hashlib.sha256(repr(said).encode() + latents.cpu().numpy().tobytes()).hexdigest()[:12]
-    out.mkdir(parents=True, exist_ok=True)
-    same_run(out/'run.json', dict(data=data, share=share, steps=steps, batch=batch, lr=lr, rank=rank))
+    parts, out = load_parts(dtype=torch.float32), Path(out)
+    train, held = _sides(parts, Path(folder), captions, group, share)
+    (latents, said), (unseen, asked) = ((encode(parts, side), [e.caption for e in side]) for side in (train, held))
+    _claim(out, latents, said, share=share, steps=steps, batch=batch, lr=lr, rank=rank)
     before = held_out_loss(parts, unseen, asked)
     fine_tune(parts, latents, said, steps, lr, batch, rank, out, every=every)
     after = held_out_loss(parts, unseen, asked)
-    groups = [len({e.group for e in side}) for side in (train, held)]
-    print(f'{len(train)} pictures of {groups[0]} groups learned, {len(held)} of {groups[1]} held out; their loss {before:.4f}, now {after:.4f}')
-    save_sheet(make_samples(parts, asked[:16], seed=[*range(len(asked[:16]))]), 4, out/'sheet.png')
-    save_record(out/'record.json', steps=steps, batch=batch, train=len(train), held=len(held),
-                before=before, after=after)
+    _leave(out, parts, train, held, steps=steps, batch=batch, before=before, after=after)
     save_model(parts, out/'model')
