@@ -53,12 +53,12 @@ def whole_numbers(
 def real_number(
     name: str,          # of the argument
     value: object,      # what was given for it
-    such: float = 3.,   # what may be given, for example
+    example: float = 3.,   # of what may be given
 ) -> float:
     "The value as a float. TypeError if it is not a number, ValueError if it is infinite or not a number (nan)."
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f'{name}={value!r} is not a number. Give one, such as {such}.')
-    if not isfinite(value): raise ValueError(f'{name}={value} is not finite. Give a number such as {such}.')
+        raise TypeError(f'{name}={value!r} is not a number. Give one, such as {example}.')
+    if not isfinite(value): raise ValueError(f'{name}={value} is not finite. Give a number such as {example}.')
     return float(value)
 
 # %% ../nbs/00_checks.ipynb #b4207d5a
