@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, launch, run
+from conftest import ROOT, command, launch, run
 
 from sd_deepdive.drawings import drawings, read_drawings, write_drawings
 from sd_deepdive.models import load_pipeline, text_to_image
@@ -81,16 +81,17 @@ def test_killed(script, unbroken, tmp_path):
     rng, kills = random.Random(0), 0
     while not (tmp_path/'end.pt').exists():
         was = (tmp_path/'checkpoint.pt').stat().st_mtime_ns if (tmp_path/'checkpoint.pt').exists() else 0
-        process = subprocess.Popen([sys.executable, script, tmp_path, '40'], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while kills < 3 and process.poll() is None:     # wait for a newer checkpoint, then for a moment
+        process = command(script, tmp_path, 40, cwd=ROOT, out=tmp_path/'said')
+        process.start()
+        while kills < 3 and process.is_alive():     # wait for a newer checkpoint, then for a moment
             if (tmp_path/'checkpoint.pt').exists() and (tmp_path/'checkpoint.pt').stat().st_mtime_ns > was:
                 time.sleep(rng.random()*.1)
                 process.kill()
                 kills += 1
                 break
             time.sleep(.005)
-        code = process.wait()
-        assert code in (0, -signal.SIGKILL), code
+        process.join()
+        assert process.exitcode in (0, -signal.SIGKILL), (tmp_path/'said').read_text()[-3000:]
     killed = end(tmp_path)
     assert kills == 3 and torch.equal(killed['losses'], unbroken['losses'])
     assert all(torch.equal(killed['weights'][k], w) for k, w in unbroken['weights'].items())
@@ -195,13 +196,14 @@ def trained(tmp_path_factory):
     work, package = root/'artifacts', root/'package'
     write_drawings([d for d in drawings() if d.thing in things(3)], work/'pictures.zip')
 
-    def command(module, *options):
-        args = [sys.executable, '-m', f'sd_deepdive.training.{module}', '--folder', work, *map(str, options)]
-        done = subprocess.run(args, cwd=root, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return done.stdout + done.stderr
-    said = [command('autoencoder', '--crop-steps', 2, '--steps', 1), command('clip', '--steps', 2, '--batch', 8), command('clip', '--judge', '--steps', 1, '--batch', 8),
-            command('diffusion', '--stages', '2:2 3:4', '--batch', 4, '--every', 4)]
+    def does(module, *options):
+        process = command(f'sd_deepdive.training.{module}', '--folder', work, *options, cwd=root, out=root/'said')
+        process.start(), process.join()
+        said = (root/'said').read_text()
+        assert process.exitcode == 0, said[-3000:]
+        return said
+    said = [does('autoencoder', '--crop-steps', 2, '--steps', 1), does('clip', '--steps', 2, '--batch', 8), does('clip', '--judge', '--steps', 1, '--batch', 8),
+            does('diffusion', '--stages', '2:2 3:4', '--batch', 4, '--every', 4)]
     pairs = (embedded_folder()/'tokenizer'/'merges.txt').read_text().splitlines()[1:]
     new = work/'embedded.new'
     assemble.save_pipeline(work, new, pairs)
@@ -209,7 +211,7 @@ def trained(tmp_path_factory):
     package.mkdir()
     assemble.replace(new, package/'embedded')
     assemble.save_data(work, package/'data')
-    said.append(command('quality', '--model', package/'embedded', '--captions', 2))
+    said.append(does('quality', '--model', package/'embedded', '--captions', 2))
     return work, package, said
 
 
