@@ -16,7 +16,7 @@ from sd_deepdive.places import embedded_folder
 from sd_deepdive.schedule import add_noise
 from sd_deepdive.training.clip import load_clip
 from sd_deepdive.training.data import caption, compose, stack, styles, things
-from sd_deepdive.training.diffusion import noise_loss
+from sd_deepdive.training.diffusion import Prepared, diffusion_batches, noise_loss
 from sd_deepdive.training.loop import Trainer
 from sd_deepdive.training.sources import held_out_pairs
 
@@ -104,6 +104,18 @@ def test_noise_loss():
     x_t = add_noise(latents, noise, alphas_cumprod[t])
     loss, half = noise_loss(alphas_cumprod), lambda x, t, text: SimpleNamespace(sample=x/2)
     for _ in range(2): assert torch.equal(loss(half, latents, None, t, noise), (x_t/2 - noise).square().mean((1, 2, 3)).mean())
+
+
+def test_rehearse():
+    "In a later stage the things of the first are drawn as often as is asked for; without it, as often as the others."
+    some = [d for d in drawings() if d.thing in things(3) and not d.held_out]
+    which = torch.arange(len(some)).view(-1, 1, 1, 1, 1).expand(-1, 13, 1, 1, 1)
+    ready = Prepared(some, which, torch.zeros(len(some), 30, 2, 1), torch.zeros(2, 1))
+    def share(**kw):
+        shown = diffusion_batches(ready, [(1, 10), (3, 20)], batch=2000, **kw)(torch.Generator().manual_seed(0), 15)['latents']
+        return sum(some[int(i)].thing == things(1)[0] for i in shown.flatten())/2000
+    fair = sum(d.thing == things(1)[0] for d in some)/len(some)
+    assert abs(share() - fair) < .04 and abs(share(rehearse=.5) - (.5 + fair/2)) < .04
 
 
 def test_checkpoint_that_is_none(tmp_path):

@@ -122,6 +122,7 @@ def diffusion_batches(
     batch: int = 16,                     # pictures in each
     coloured: float = .15,               # part of the pictures on a colour
     drop: float = .1,                    # part of the captions left empty
+    rehearse: float = 0.,                # part of the pictures that show things of the first stage, whichever stage it is
     times: int = 1000,                   # how many the noise schedule has
 ) -> Callable:
     "`draw` for `Trainer.fit`: latents, states of a caption, a time, noise. ValueError without drawings."
@@ -129,12 +130,13 @@ def diffusion_batches(
     groups = {n: showing(n) for n, _ in stages}
     if empty := [n for n, group in groups.items() if not len(group)]:
         raise ValueError(f'stages has one of {empty[0]} things, and no drawing shows any of them. Give more.')
-    colours = len(BACKGROUNDS) - 1
+    first, colours = groups[things_at(0, stages)], len(BACKGROUNDS) - 1
     white, captions = ready.latents.shape[1] - colours, ready.states.shape[1] - 2*colours
     def draw(g: torch.Generator, step: int) -> dict[str, Tensor]:
         integers = lambda high: torch.randint(high, (batch,), generator=g)
         among = groups[things_at(step, stages)]
         i, tinted = among[integers(len(among))], torch.rand(batch, generator=g) < coloured
+        if rehearse: i = torch.where(torch.rand(batch, generator=g) < rehearse, first[integers(len(first))], i)
         colour = integers(colours)
         placing = torch.where(tinted, white + colour, integers(white))
         words = torch.where(tinted, captions + 2*colour + integers(2), integers(captions))
@@ -299,6 +301,7 @@ def train_diffusion(
     lr: float = 1e-3,                    # learning rate at its highest
     decay: float = .3,                   # part of the steps in which the rate falls
     coloured: float = .15,               # part of the pictures on a colour
+    rehearse: float = 0.,                # part of the pictures that show things of the first stage, to the end
     weighting: str = 'none',             # of times: or 'min-snr', 'debiased'
     precision: str = 'no',               # or 'bf16'
     weights: Path | None = None,         # a UNet to start from
@@ -314,7 +317,7 @@ def train_diffusion(
     unet = _unet(weights)
     trainer = Trainer(unet, stages[-1][1], lr, out, acc, decay=decay, ema_decay=.998)
     loss = noise_loss(parts.scheduler.alphas_cumprod, _weighting(weighting))
-    trainer.fit(diffusion_batches(ready, stages, batch, coloured), loss, diffusion_report(parts, ready, stages, out), every)
+    trainer.fit(diffusion_batches(ready, stages, batch, coloured, rehearse=rehearse), loss, diffusion_report(parts, ready, stages, out), every)
     if not acc.is_main_process: return
     unet.save_pretrained(out/'unet')
-    save_record(out/'record.json', stages=stages, batch=batch, weighting=weighting, pictures_seen=stages[-1][1]*batch, pictures=len(use))
+    save_record(out/'record.json', stages=stages, batch=batch, weighting=weighting, rehearse=rehearse, pictures_seen=stages[-1][1]*batch, pictures=len(use))
