@@ -30,7 +30,7 @@ test: $(READY)  ## run all tests: lessons, package, site
 	@$(PYTEST)
 
 test-slow: $(READY)  ## the lessons whose slow cells build Stable Diffusion's full size, one after the other
-	@NB_FLAGS=slow $(PYTEST) -n 0 tests/test_notebooks.py -k "10_ or 14_ or 15_ or 17_"
+	@NB_FLAGS=slow $(PYTEST) -n 0 tests/test_notebooks.py -k "10_ or 13_ or 14_ or 15_ or 17_"
 
 times: $(READY)  ## measure how long each lesson runs, which the site shows: 12 min
 	@trap 'rm -f _report.xml' EXIT INT; $(PYTEST) --junitxml=_report.xml tests/test_notebooks.py && $(PY) tools/time_lessons.py _report.xml
@@ -56,15 +56,16 @@ lab: $(READY)  ## open the lessons in JupyterLab, which is installed first
 
 save: $(READY)  ## after editing notebooks: export code, run them keeping outputs, clean them, write README.md
 	@$(VENV)/bin/nbdev-export
-	@$(VENV)/bin/nbdev-test --save --n-workers 0 --do-print
+	@OMP_NUM_THREADS=1 $(VENV)/bin/nbdev-test --save --n-workers 0 --do-print
 	@$(PY) tools/trim_outputs.py
 	@$(VENV)/bin/nbdev-clean
 	@$(PY) tools/build_readme.py
 
 lock: $(READY)  ## write lock.txt from the versions in the environment
 	@! $(PY) -m pip show -q jupyterlab 2>/dev/null || { echo "JupyterLab of 'make lab' is in $(VENV) and would get into lock.txt: remove $(VENV) first"; exit 1; }
-	@$(PY) -m pip freeze --all --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -vE '^(pip=|nvidia|cuda|triton)' > lock.txt.part
-	@grep -q '^torch==' lock.txt.part && mv lock.txt.part lock.txt
+	@$(PY) -m pip freeze --all --local --exclude-editable | sed 's/+[a-z0-9.]*$$//' | grep -vE '^(pip=|nvidia|cuda|triton)' > lock.txt.part
+	@grep -q '^torch==' lock.txt.part || { rm -f lock.txt.part; echo "torch is not in $(VENV) itself, so there is no lock: remove $(VENV) first"; exit 1; }
+	@mv lock.txt.part lock.txt
 	@touch $(READY)
 
 clean:  ## remove the site and what building left

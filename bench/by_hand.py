@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from fastprogress import progress_bar
+from tqdm.auto import tqdm
 
 from sd_deepdive.further.speed import in_turn, paired
 from sd_deepdive.latents import make_img
@@ -102,7 +102,7 @@ def embedded(batch, times):
 def full_sizes(times):
     "Both arms at full size, a process each, in turn."
     found = {arm: dict(seconds=[], peak=[]) for arm in ('library', 'by hand')}
-    for i in progress_bar(range(times), leave=False):
+    for i in tqdm(range(times), leave=False):
         for arm in list(found)[::1 if i%2 else -1]:
             out = subprocess.run([sys.executable, FULL_SIZE, arm, str(torch.get_num_threads()), '2'], capture_output=True, text=True, check=True).stdout
             one = json.loads(out)

@@ -21,7 +21,8 @@ def main(way, threads, calls):
             start = time.perf_counter()
             unet(latents, torch.tensor(500), encoder_hidden_states=words)
             took.append(time.perf_counter() - start)
-    print(json.dumps(dict(seconds=took[1:], peak=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/1024)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss/(2**20 if sys.platform == 'darwin' else 2**10)     # macOS counts bytes, others KiB
+    print(json.dumps(dict(seconds=took[1:], peak=peak)))
 
 
 if __name__ == '__main__': main(sys.argv[1], *map(int, sys.argv[2:]))

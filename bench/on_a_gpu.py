@@ -46,6 +46,10 @@ def merge(record, finding):
     place = record
     for name in path: place = place.setdefault(name, {})
     place[last] = finding['value']
+    if path[0] == 'arms': record['left_out'].pop(f'{path[1]}, batch {last}', None)
+    if path[0] == 'left_out' and ', batch ' in last:     # what an arm did before does not stand for now
+        name, _, batch = last.rpartition(', batch ')
+        record.get('arms', {}).get(name, {}).pop(batch, None)
 
 
 def best(arms, batch, prefix, without=None):

@@ -19,8 +19,8 @@ CFG = get_config(Path(__file__).parent)
 ROOT = CFG.config_path
 NBS = sorted(nbglob(CFG.nbs_path, as_path=True))
 
-NO_CHROMIUM = ('Chromium was not found, so the browser tests did not run: install it (Debian: apt install chromium chromium-driver) '
-               'or name yours in the variable CHROME')
+NO_CHROMIUM = ('Chromium or its driver was not found, so the browser tests did not run: install both (Debian: apt install chromium chromium-driver); '
+               'the variable CHROME names a browser elsewhere')
 NO_REGISTRY = 'No package registry was reached, so the oldest and the newest diffusers and transformers were not tried'
 
 
@@ -173,12 +173,13 @@ def find_chromium():
 
 
 def chromium():
-    "Where Chromium is, installed from Debian's packages first if it or its driver is missing and that is possible; None without one."
-    if not (find_chromium() and shutil.which('chromedriver')) and os.geteuid() == 0 and shutil.which('apt-get'):
+    "Where Chromium is, installed from Debian's packages first if it or its driver is missing and that is possible; None without both."
+    def there(): return find_chromium() if shutil.which('chromedriver') else None
+    if not there() and os.geteuid() == 0 and shutil.which('apt-get'):
         for args in ['update', 'install -y --no-install-recommends chromium chromium-driver']:
             subprocess.run(['apt-get', '-qq', *args.split()], stdin=subprocess.DEVNULL,
                            env=os.environ | {'DEBIAN_FRONTEND': 'noninteractive'})
-    return find_chromium()
+    return there()
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -58,7 +58,7 @@ def test_without_the_library(tmp_path):
 
 
 def test_needs_a_gpu(tmp_path):
-    "Without one, the full shape is not begun, and the record of the package is not touched."
+    "Without one, the full shape is not begun."
     done = subprocess.run([sys.executable, FILE], env=os.environ | dict(CUDA_VISIBLE_DEVICES=''), cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == 'There is no GPU here. Use --small to try the script without one.\n'
 

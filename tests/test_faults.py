@@ -469,7 +469,7 @@ def good_values(pipe, folder):
     look = [Look(0, 'a', torch.rand(1, 2, 4, 4, 16))]
     by_name = dict(
         **dict.fromkeys(['parts', 'pipe', 'model'], parts), **dict.fromkeys(['latents', 'noise', 'x', 'x_t', 'x0', 'init', 'like'], latents), uncond=text, text=text,
-        **dict.fromkeys(['prompt', 'prompts', 'negative_prompt'], 'a bell'), **dict.fromkeys(['seed', 'seeds', 'start_step', 'rows', 'gap', 'scale', 'every', 'number', 'every'], 1),
+        **dict.fromkeys(['prompt', 'prompts', 'negative_prompt'], 'a bell'), **dict.fromkeys(['seed', 'seeds', 'start_step', 'rows', 'gap', 'scale', 'every', 'number'], 1),
         **dict.fromkeys(['num_inference_steps', 'steps', 'cols', 'batch', 'batch_size', 'count', 'n'], 2), **dict.fromkeys(['guidance_scale', 'g'], 3.),
         **dict.fromkeys(['height', 'width'], 16), **dict.fromkeys(['image', 'init_image', 'init_img', 'a', 'b', 'picture'], red), **dict.fromkeys(['images', 'frames'], [red, red]),
         **dict.fromkeys(['alpha_bar', 'share', 'phi', 'strength', 'seconds', 'opacity'], .5), t=500, scheduler=parts.scheduler, colour='white', background='white', titles=['a', 'b'],

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, command, launch, run
+from safetensors.torch import load_file
 
 from sd_deepdive.drawings import drawings, read_drawings, write_drawings
 from sd_deepdive.models import load_pipeline, text_to_image
@@ -203,7 +204,7 @@ def test_number_of_things(n):
 @pytest.fixture(scope='module')
 def trained(tmp_path_factory):
     "Every command of the recipe, a few steps each, on three things: the folder that they work in, and the package that is put together."
-    from tools.training import assemble
+    from tools.training import assemble, card
     root = tmp_path_factory.mktemp('recipe')
     work, package = root/'artifacts', root/'package'
     write_drawings([d for d in drawings() if d.thing in things(3)], work/'pictures.zip')
@@ -219,7 +220,7 @@ def trained(tmp_path_factory):
     pairs = (embedded_folder()/'tokenizer'/'merges.txt').read_text().splitlines()[1:]
     new = work/'embedded.new'
     assemble.save_pipeline(work, new, pairs)
-    (new/'README.md').write_text(assemble.card(work))
+    (new/'README.md').write_text(card.card(work))
     package.mkdir()
     assemble.replace(new, package/'embedded')
     assemble.save_data(work, package/'data')
@@ -261,7 +262,10 @@ def test_on_the_way(trained, tmp_path):
     for kind, place in ((UNet2DConditionModel, 'diffusion/on-the-way'), (CLIPTextModel, 'text/text_encoder')):
         was, now = (kind.from_pretrained(folder/place).state_dict() for folder in (trained[0], tmp_path/'back'))
         assert was.keys() == now.keys() and all(torch.equal(now[name], w.half().float()) for name, w in was.items())
-    for name in on_the_way.TOWERS: assert load_clip(tower=tmp_path/'back'/name/'picture_tower.safetensors').logit_scale.isfinite()
+    for name in on_the_way.TOWERS:
+        was, now = (load_file(folder/name/'picture_tower.safetensors') for folder in (trained[0], tmp_path/'back'))
+        assert was.keys() == now.keys() and all(torch.equal(now[key], w.half()) for key, w in was.items())
+    assert (tmp_path/'back'/'text'/'record.json').read_text() == (trained[0]/'text'/'record.json').read_text()
     with pytest.raises(FileNotFoundError, match='make keep'): on_the_way.restore(tmp_path, tmp_path/'nothing')
 
 

@@ -92,7 +92,9 @@ def test_ends(end, tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith('PYTEST_')} | dict(PYTHONPATH=str(tmp_path), OMP_NUM_THREADS='1')
     run = lambda *args: subprocess.run([sys.executable, *args], cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
     names = ', '.join(wanted)
-    there = dict(zip(wanted, run('-c', f'import {names}; print(*(lib.__version__ for lib in ({names})))').stdout.split()))
+    imported = run('-c', f'import {names}; print(*(lib.__version__ for lib in ({names})))')
+    assert imported.returncode == 0, f'{needed}\n{imported.stderr[-3000:]}'
+    there = dict(zip(wanted, imported.stdout.split()))
     assert all(f'{there[name]}.0'.startswith(f'{number}.') for name, number in wanted.items()), f'{there} instead of {wanted}'
     done = run('-m', 'pytest', '-q', '-n', '0', '-p', 'no:cacheprovider', *CHECKS)
     assert done.returncode == 0, f'{needed}\n{done.stdout[-5000:]}'

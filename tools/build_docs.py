@@ -36,8 +36,8 @@ class OfflineSite(Site):
 def badges(cfg, name):
     "Markdown for the Colab and Kaggle badges of notebook `name`."
     path = f'{cfg.user}/{cfg.repo}/blob/{cfg.branch}/{cfg.nbs_path.name}/{name}'
-    return (f'[![Open in Colab](images/colab.svg)](https://colab.research.google.com/github/{path}) '
-            f'[![Open in Kaggle](images/kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/{path})')
+    return (f'::: {{.lesson-badges}}\n[![Open in Colab](images/colab.svg)](https://colab.research.google.com/github/{path}) '
+            f'[![Open in Kaggle](images/kaggle.svg)](https://kaggle.com/kernels/welcome?src=https://github.com/{path})\n:::')
 
 
 def facts(cfg, nb, name):
@@ -50,7 +50,7 @@ def facts(cfg, nb, name):
     return f'<p class="lesson-facts">Reading time about {round(words/200 + lines/12)} min{runs}</p>'
 
 
-def versions(cfg):
+def versions():
     "With which versions the outputs were saved."
     locked = dict(line.split('==') for line in (ROOT/'lock.txt').read_text().split() if '==' in line)
     return '<p class="lesson-versions">Outputs saved with ' + ', '.join(f'{name} {locked[name]}' for name in VERSIONS) + '.</p>'
@@ -67,7 +67,7 @@ def process(cfg):
     for p in folder.glob('[0-9]*.ipynb'):
         nb = read_nb(p)
         nb.cells.insert(1, mk_cell(badges(cfg, p.name) + '\n\n' + facts(cfg, nb, p.name), 'markdown'))
-        nb.cells.append(mk_cell(versions(cfg), 'markdown'))
+        nb.cells.append(mk_cell(versions(), 'markdown'))
         write_nb(nb, p)
     return folder
 

@@ -37,9 +37,9 @@ def output(out, alt, files):
 
 def readme(cfg, folder):
     "The README as text; its pictures are written into `folder`."
-    files, parts = folder/'index_files', []
+    files, parts, cells = folder/'index_files', [], read_nb(cfg.nbs_path/cfg.readme_nb).cells
     shutil.rmtree(files, ignore_errors=True)
-    for cell in read_nb(cfg.nbs_path/cfg.readme_nb).cells:
+    for cell in cells:
         if cell.cell_type == 'raw':
             front, _ = split_front_matter(cell.source)
             parts += [f'# {front["title"]}', f'> {front["description"]}']
@@ -57,7 +57,9 @@ def main():
     "Write README.md and its pictures."
     os.chdir(ROOT)
     cfg = get_config()
-    (ROOT/'README.md').write_text(readme(cfg, ROOT))
+    part = ROOT/'README.md.part'
+    part.write_text(readme(cfg, ROOT))
+    part.replace(ROOT/'README.md')
 
 
 if __name__ == '__main__': main()

@@ -1,6 +1,6 @@
 """Make the course's environment: a venv with the versions in lock.txt. Plain Python, so that it can say what is missing.
 
-Usage: python3 tools/setup_env.py VENV [--system-site-packages] [--extras dev]
+Usage: python3 tools/setup_env.py VENV [--system-site-packages]
 """
 import argparse
 import configparser
@@ -31,9 +31,11 @@ def stop(why):
 def explain(err):
     "The cause that an error text names, or the text's last lines."
     if shutil.disk_usage('.').free < 2**25: err = 'Errno 28'
-    for pattern, cause in CAUSES:
-        found = re.search(pattern, err)
-        if found: stop(cause.format(*found.groups()))
+    final = '\n'.join(line for line in err.splitlines() if line.startswith('ERROR'))
+    for said in final, err:      # a warning of a try that went wrong may stand before the error of another kind
+        for pattern, cause in CAUSES:
+            found = re.search(pattern, said)
+            if found: stop(cause.format(*found.groups()))
     stop('failed with\n' + '\n'.join(err.strip().splitlines()[-20:]))
 
 
@@ -60,7 +62,6 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument('venv')
     parser.add_argument('--system-site-packages', action='store_true', help="use the machine's own torch")
-    parser.add_argument('--extras', default='dev')
     args = parser.parse_args()
 
     ini = configparser.ConfigParser()
@@ -75,7 +76,7 @@ def main():
     except OSError as e: explain(str(e))
     python = os.path.join(args.venv, 'bin', 'python')
     run(python, '-m', 'pip', 'install', '--disable-pip-version-check', '-c', constraints(args.venv, args.system_site_packages),
-        '-e', '.[%s]' % args.extras)
+        '-e', '.[dev]')
 
 
 if __name__ == '__main__': main()

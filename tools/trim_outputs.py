@@ -1,10 +1,13 @@
 """Drop what a saved notebook need not hold: the JPEG that IPython saves beside each PNG, widgets, which nothing answers, progress bars, and the
-bytes that a PNG can do without. No pixel changes."""
+bytes that a PNG can do without (where oxipng is installed, which has no wheels for the newest Python). No pixel changes."""
 import base64
+from pathlib import Path
 
-import oxipng
 from fastcore.nbio import read_nb, write_nb
 from nbdev.doclinks import nbglob
+
+try: import oxipng
+except ImportError: oxipng = None
 
 
 def is_widget(out):
@@ -22,13 +25,14 @@ def is_bar(out):
 def smaller(png):
     "The same picture in fewer bytes, base64 as it was; a film stays as it is."
     old = base64.b64decode(''.join(png))
-    if b'acTL' in old: return png
+    if b'acTL' in old or not oxipng: return png
     new = oxipng.optimize_from_memory(old, level=4, strip=oxipng.StripChunks.safe())
     return base64.b64encode(new).decode() + '\n' if len(new) < len(old) else png
 
 
-for path in nbglob(as_path=True):
-    nb = read_nb(path)
+def trim(path):
+    "Trim one notebook, which is replaced as a whole."
+    nb, part = read_nb(path), Path(f'{path}.part')
     for cell in nb.cells:
         if 'outputs' not in cell: continue
         cell.outputs = [out for out in cell.outputs if not is_widget(out) and not is_bar(out)]
@@ -37,4 +41,9 @@ for path in nbglob(as_path=True):
             if 'image/png' not in data: continue
             data.pop('image/jpeg', None)
             data['image/png'] = smaller(data['image/png'])
-    write_nb(nb, path)
+    write_nb(nb, part)
+    part.replace(path)
+
+
+if __name__ == '__main__':
+    for path in nbglob(as_path=True): trim(path)

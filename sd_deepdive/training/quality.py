@@ -9,6 +9,7 @@ __all__ = ['load_judge', 'features', 'on_white', 'nearest', 'named_right', 'frec
            'quality', 'measure_quality']
 
 # %% ../../nbs/00_quality.ipynb #4135dd75
+import json
 import math
 import random
 import torch
@@ -167,7 +168,9 @@ def measure_quality(
     "The quality table of a model, on training pairs and on all held-out pairs of things that it was taught."
     folder, parts, judge = Path(folder), load_parts(model, dtype=torch.float32), load_judge()
     everything = [d for d in read_drawings(folder/'pictures.zip') if d.style in styles()]
-    taught = [d for d in everything if d.thing in things()]
+    record = folder/'diffusion'/'record.json'      # which things they are; all of the recipe if it was trained elsewhere
+    stages = json.loads(record.read_text())['stages'] if record.exists() else [(len(things()), 0)]
+    taught = [d for d in everything if d.thing in things(max(n for n, _ in stages))]
     held, seen = [d for d in taught if d.held_out], [d for d in taught if not d.held_out]
     some = random.Random(0).sample(seen, min(captions, len(seen)))
     table = {name: quality(parts, judge, wanted, everything, guidance_scale)

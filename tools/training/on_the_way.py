@@ -1,5 +1,6 @@
 """Weights on their way, small enough to commit: training that goes on another day, on another machine, starts from them.
 `make keep` writes them from artifacts/, `make restore` puts them back. What an optimiser remembers stays in the checkpoint."""
+import shutil
 from pathlib import Path
 
 import torch
@@ -10,6 +11,8 @@ from transformers import CLIPTextModel
 
 from sd_deepdive.places import embedded_folder
 
+from .assemble import replace
+
 KEPT = Path(__file__).parent/'on_the_way'
 TOWERS = 'text', 'judge'
 TABLE = 'embeddings.token_embedding.weight'
@@ -17,7 +20,9 @@ TABLE = 'embeddings.token_embedding.weight'
 
 def keep(folder: Path, to: Path = KEPT):
     "Half precision: the UNet's averaged weights; the text encoder, of its table only the rows that are not zero; its picture tower; the judge."
-    to.mkdir(parents=True, exist_ok=True)
+    out, to = to, folder/'on_the_way.new'
+    shutil.rmtree(to, ignore_errors=True)
+    to.mkdir(parents=True)
     unet = UNet2DConditionModel.from_pretrained(folder/'diffusion'/'on-the-way')
     save_file({name: w.half().contiguous() for name, w in unet.state_dict().items()}, to/'unet.safetensors')
     text = CLIPTextModel.from_pretrained(folder/'text'/'text_encoder').state_dict()
@@ -28,7 +33,8 @@ def keep(folder: Path, to: Path = KEPT):
     for name in TOWERS:
         tower = load_file(folder/name/'picture_tower.safetensors')
         save_file({name: w.half() for name, w in tower.items()}, to/f'{name}_tower.safetensors')
-    (to/'record.json').write_text((folder/'text'/'record.json').read_text())
+    shutil.copy(folder/'text'/'record.json', to)
+    replace(to, out)
 
 
 def restore(folder: Path, kept: Path = KEPT):

@@ -8,7 +8,7 @@ ONE = $(PY) -m sd_deepdive.training
 
 KEEP = $(PY) -m tools.training.on_the_way
 
-.PHONY: data keep restore train-autoencoder train-text train-judge train-diffusion assemble quality train-word
+.PHONY: data keep restore train-autoencoder train-text train-judge train-diffusion assemble quality card train-word
 data: $(READY)  ## fetch the pictures and names from their registries, draw and pack them
 	@$(ONE).sources $(ARGS)
 train-autoencoder: $(READY)  ## step 1: pictures to latents and back
@@ -27,5 +27,7 @@ assemble: $(READY)  ## put the trained parts, the slice of data and the model ca
 	@$(PY) -m tools.training.assemble $(ARGS)
 quality: $(READY)  ## the quality table: things and styles named right, between a ceiling and a floor
 	@$(ONE).quality $(ARGS)
+card: $(READY)  ## write the model card again, with the figures of `make quality`
+	@$(PY) -m tools.training.card $(ARGS)
 train-word: $(READY)  ## a new word for the finished model, for lesson 04: a minute
 	@OMP_NUM_THREADS=1 $(ONE).adapt $(ARGS)
