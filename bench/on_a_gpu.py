@@ -46,8 +46,8 @@ def merge(record, finding):
     place = record
     for name in path: place = place.setdefault(name, {})
     place[last] = finding['value']
-    if path[0] == 'arms': record['left_out'].pop(f'{path[1]}, batch {last}', None)
-    if path[0] == 'left_out' and ', batch ' in last:     # what an arm did before does not stand for now
+    if path[:1] == ['arms']: record.get('left_out', {}).pop(f'{path[1]}, batch {last}', None)
+    if path == ['left_out'] and ', batch ' in last:     # what an arm did before does not stand for now
         name, _, batch = last.rpartition(', batch ')
         record.get('arms', {}).get(name, {}).pop(batch, None)
 

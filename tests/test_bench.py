@@ -63,6 +63,15 @@ def test_needs_a_gpu(tmp_path):
     assert done.returncode == 1 and done.stderr == 'There is no GPU here. Use --small to try the script without one.\n'
 
 
+def test_measured_again(bench):
+    "An arm that fails now has no figures of before, and one that does not is not left out."
+    record = dict(left_out={'ours, batch 1': 'failed'}, arms={'ours, CUDA graph': {'1': {}, '8': {}}})
+    bench.merge(record, dict(path=['arms', 'ours', '1'], value=dict(error=0.)))
+    bench.merge(record, dict(path=['left_out', 'ours, CUDA graph, batch 8'], value='failed'))
+    bench.merge(record, dict(path=['copy_tb_s'], value=1.))
+    assert record == dict(left_out={'ours, CUDA graph, batch 8': 'failed'}, arms={'ours': {'1': dict(error=0.)}, 'ours, CUDA graph': {'1': {}}}, copy_tb_s=1.)
+
+
 def test_a_job_that_hangs_or_fails(bench, tmp_path, monkeypatch):
     "One that takes too long is stopped, one that fails is named; what was found until then is kept."
     script = tmp_path/'job.py'

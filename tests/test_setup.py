@@ -24,6 +24,8 @@ def one_line(setup_env, err):
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", 'disk is full'),
     ("WARNING: Retrying (Retry(total=0)) after connection broken by 'NewConnectionError(...)': /simple/torch/\n"
      "ERROR: No matching distribution found for torch==2.13.0", 'needs a network'),
+    ("WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError(...)': /simple/torch/\n"
+     "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", 'disk is full'),
     ("ERROR: No matching distribution found for torch==2.13.0", 'no torch==2.13.0'),
     ("The virtual environment was not created successfully because ensurepip is not\navailable.", 'python3-venv')])
 def test_causes(setup_env, err, words):

@@ -31,11 +31,11 @@ def stop(why):
 def explain(err):
     "The cause that an error text names, or the text's last lines."
     if shutil.disk_usage('.').free < 2**25: err = 'Errno 28'
-    final = '\n'.join(line for line in err.splitlines() if line.startswith('ERROR'))
-    for said in final, err:      # a warning of a try that went wrong may stand before the error of another kind
-        for pattern, cause in CAUSES:
-            found = re.search(pattern, said)
-            if found: stop(cause.format(*found.groups()))
+    error = re.search('^ERROR.*', err, re.M | re.S)     # before it, warnings of tries that were repeated; they explain only that nothing was found
+    said = error.group() if error and 'No matching distribution' not in error.group() else err
+    for pattern, cause in CAUSES:
+        found = re.search(pattern, said)
+        if found: stop(cause.format(*found.groups()))
     stop('failed with\n' + '\n'.join(err.strip().splitlines()[-20:]))
 
 
