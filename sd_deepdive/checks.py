@@ -6,12 +6,14 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checks.html.md"""
 
 # %% auto #0
 __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'text', 'texts', 'tensor', 'finite', 'same_shape', 'pair_up',
-           'pair_wishes', 'enough_memory', 'file_path', 'whole_file']
+           'pair_wishes', 'enough_memory', 'file_path', 'whole_file', 'in_one_line']
 
 # %% ../nbs/00_checks.ipynb #3f528517
 import os
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from math import isfinite
 from numbers import Integral, Real
 from pathlib import Path
@@ -68,6 +70,8 @@ def side(
     factor: int,     # pixels for one latent, along a side
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is no multiple of the factor."
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f'{name}={value!r} is not a whole number. Give pixels, a multiple of {factor} such as {16*factor}.')
     pixels = whole_number(name, value, factor)
     near = max(factor, round(pixels/factor)*factor)
     if pixels%factor:
@@ -92,6 +96,7 @@ def texts(
     value: object,   # one text or several
 ) -> list[str]:
     "The texts as a list. TypeError if one is not a string, ValueError if there is none, or half of a character."
+    if isinstance(value, dict | set | frozenset): raise TypeError(f'{name} is a {type(value).__name__}, whose order says nothing. Give a string, or a list of strings.')
     values = list(value) if isinstance(value, Iterable) and not isinstance(value, str | bytes) else [value]
     if not values: raise ValueError(f'{name} is empty: give at least one.')
     return [text(name, v, 'a string, or a list of strings') for v in values]
@@ -205,3 +210,17 @@ def whole_file(
         raise OSError(f'{path} cannot be written ({why}). Make room there, or give another place.') from None
     finally:
         with suppress(OSError): part.unlink()
+
+# %% ../nbs/00_checks.ipynb #9cbb6b03
+def in_one_line(
+    command: Callable,   # what `call_parse` is to make a command of
+) -> Callable:
+    "The function; run as a command it ends on one line for what its user can mend, and for Ctrl-C."
+    @wraps(command)
+    def told(*args, **kwargs):
+        run = getattr(sys.modules['__main__'], '__file__', None)==command.__code__.co_filename     # the script is the function's own file
+        if not run or sys.flags.dev_mode: return command(*args, **kwargs)
+        try: return command(*args, **kwargs)
+        except KeyboardInterrupt: sys.exit('Stopped. Start it again to go on.')
+        except (ValueError, OSError, FloatingPointError) as e: sys.exit(f'{type(e).__name__}: {e}')
+    return told

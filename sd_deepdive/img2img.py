@@ -66,7 +66,7 @@ def image_to_image(
     strength: float = .8,             # the share of the steps that run: small ones change little, 1 most
     seeds: int | Sequence[int] = 0,   # one seed, or one for each picture
     num_inference_steps: int = 25,    # of which the first are left out
-    guidance_scale: float = 3.,       # how strictly the prompt is followed
+    guidance_scale: float = 3.,       # how strictly the prompt is followed; below 1 it counts as 1
     negative_prompt: str | Sequence[str] | None = None,  # what should not be seen
     batch_size: int = 8,              # pictures computed at a time
 ) -> list[Image.Image]:

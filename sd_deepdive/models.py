@@ -121,6 +121,8 @@ def draw_in_batches(
     **same: object,                       # arguments that are the same for all
 ) -> list[Image.Image]:
     "What a pipeline draws, a batch at a time. MemoryError says which setting to lower, ValueError what may have made nan."
+    if same.get('guidance_scale', 1) < 0:      # 0 to 1 too, but that is near
+        raise ValueError(f'guidance_scale={same["guidance_scale"]}: diffusers takes less than 1 for 1. Give 1 or more, or draw with make_samples.')
     pictures = []
     for i in range(0, len(seeds), batch_size):
         one = {name: values[i:i + batch_size] for name, values in each.items()}
@@ -136,7 +138,7 @@ def text_to_image(
     prompt: str | Sequence[str],         # one prompt, or one for each picture
     seeds: int | Sequence[int] = 0,      # one seed, or one for each picture
     num_inference_steps: int = 25,       # in each the UNet is asked, by PNDM once more
-    guidance_scale: float = 3.,          # how strictly the prompt is followed: the next lesson
+    guidance_scale: float = 3.,          # how strictly the prompt is followed: the next lesson; below 1 it counts as 1
     negative_prompt: str | Sequence[str] | None = None,  # what should not be seen: the next lesson too
     height: int | None = None,           # pixels; default: what the model was trained for
     width: int | None = None,            # likewise

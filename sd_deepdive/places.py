@@ -81,6 +81,19 @@ def _check_files(folder: Path):
             with safe_open(file, 'pt'): pass
         except (SafetensorError, OSError) as e: raise _damaged(file, folder, e) from None
 
+# %% ../nbs/00_places.ipynb #868df676
+def _check_tokenizer(folder: Path):
+    "ValueError if vocab.json and merges.txt do not belong together: with some merges missing a word gets other ids, and another picture is drawn."
+    files = vocab, merges = folder/'tokenizer'/'vocab.json', folder/'tokenizer'/'merges.txt'
+    there = [file for file in files if file.is_file()]
+    if not there: return      # tokenizer.json says it all
+    if len(there)==1: raise ValueError(f'{folder} has no tokenizer/{({*files} - {*there}).pop().name}. Copy the folder again.')
+    known = {word for word in json.loads(vocab.read_text(encoding='utf-8')) if len(word.removesuffix('</w>')) > 1 and not re.fullmatch('<.*>', word)}
+    try: made = {''.join(line.split()) for line in merges.read_text(encoding='utf-8').splitlines() if not line.startswith('#version')}
+    except UnicodeDecodeError as e: raise _damaged(merges, folder, e) from None
+    if lost := sorted(known - made):
+        raise _damaged(merges, folder, f'no merge gives {lost[0]!r} of vocab.json')
+
 # %% ../nbs/00_places.ipynb #21b6c8f7
 def _check_parts(folder: Path, parts: Sequence[str]):
     "ValueError if a part has no folder, or none of the weights that it needs."
@@ -108,6 +121,7 @@ def check_folder(
         raise ValueError(f'{listing} says {kind!r}: it does not describe a StableDiffusionPipeline. The course needs one.')
     if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
     _check_parts(folder, parts)
+    if 'tokenizer' in parts: _check_tokenizer(folder)
     return folder
 
 # %% ../nbs/00_places.ipynb #6b0d4e3a

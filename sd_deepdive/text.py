@@ -42,6 +42,7 @@ def warn_of_cut(
     "A warning for each prompt whose end the encoder never sees, with that end. TypeError or ValueError for no text."
     for prompt in dict.fromkeys(texts('prompts', prompts)):
         if lost := cut_off(tokenizer, prompt, max_length):
+            if len(lost) > 400: lost = f'{lost[:300]}… and {len(lost) - 300:,} more letters'
             warnings.warn(f'The {kind} has more than {max_length or tokenizer.model_max_length} tokens; cut off is: "{lost}"',
                           stacklevel=stacklevel + 1)
 

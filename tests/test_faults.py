@@ -21,7 +21,7 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
-from conftest import CFG, ROOT, Evil, python, untrained
+from conftest import CFG, ROOT, Evil, command, python, untrained
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import save_file
@@ -30,7 +30,7 @@ from sd_deepdive import explore
 from sd_deepdive.drawings import drawings, read_drawings
 from sd_deepdive.further.cells import cells_of
 from sd_deepdive.further.inside import Look, unet_by_hand
-from sd_deepdive.further.many import read_wishes
+from sd_deepdive.further.many import draw_file, read_wishes
 from sd_deepdive.further.own_pictures import fine_tune, read_captions, save_model
 from sd_deepdive.further.steering import parse_weights
 from sd_deepdive.images import fit_picture, load_picture
@@ -571,3 +571,21 @@ def test_sweep(pipe, tmp_path):
     assert {name: why for name, why in left_out.items() if name not in known} == {}, 'they fell out: good_values() has not all that they want'
     assert len(swept) >= 176 and not known & set(by_function)
     assert foreign == {}
+
+
+COMMANDS = [('further.many', ['--prompts', 'nothing.txt'], 'nothing.txt cannot be read'), ('training.diffusion', ['--stages', 'soon'], "stages='soon'"),
+            ('training.quality', ['--folder', 'nowhere'], 'nowhere')]
+
+
+@pytest.mark.parametrize('module, options, words', COMMANDS)
+def test_command(tmp_path, module, options, words):
+    "A command that is given something wrong ends on one line."
+    process = command(f'sd_deepdive.{module}', *options, cwd=tmp_path, out=tmp_path/'said')
+    process.start(), process.join()
+    said = [line for line in (tmp_path/'said').read_text().splitlines() if 'Loading weights' not in line]
+    assert process.exitcode == 1 and len(said) == 1 and words in said[0] and re.match(r'\w*Error: ', said[0]), said
+
+
+def test_command_in_python(tmp_path):
+    "Called in Python it raises."
+    with pytest.raises(ValueError, match='nothing.txt'): draw_file(tmp_path/'nothing.txt')

@@ -154,7 +154,7 @@ def test_fingerprint():
 
 
 WRONG = [('a.txt', 'sun\n\nmoon\n', 'a.txt, line 2: prompt is empty'), ('a.txt', '', 'line 1: prompt is empty'), ('a.txt', 'a\tb', 'control character'),
-         ('a.csv', 'prompt,seed\nsun,-1\n', 'line 2: seed'), ('a.csv', 'prompt,seed\nsun,1.5\n', 'line 2: seed'), ('a.csv', 'prompt\n', 'holds no prompts'),
+         ('a.csv', 'prompt,seed\nsun,-1\n', 'line 2: seed'), ('a.csv', 'prompt,seed\nsun,1.5\n', 'line 2: seed'), ('a.csv', 'prompt,prompt\na,b\n', 'line 1: two columns'), ('a.csv', 'prompt;seed\na;1\n', 'line 1: .prompt;seed. is not known'), ('a.csv', 'prompt\n', 'holds no prompts'),
          ('a.csv', 'prompt,text\nsun,x\n', "'text' is not known"), ('a.csv', 'prompt\nsun,3\n', 'line 2: there are more values'), ('a.csv', 'seed\n3\n', 'line 2: prompt is empty'),
          ('a.jsonl', '{"prompt": "sun"}\n["moon"]', 'line 2 is no JSON object'), ('a.jsonl', '{"prompt": 3}', 'prompt=3 is not text'),
          ('a.jsonl', '{"prompt": "sun", "seed": true}', 'seed=True is not a whole number'), ('a.json', '[]', 'ends in none of .txt, .csv, .jsonl')]
@@ -176,7 +176,7 @@ def test_files(tmp_path):
     assert read_wishes(tmp_path/'a.csv', 100) == read_wishes(tmp_path/'a.jsonl', 100) == wanted
     with pytest.raises(ValueError, match='b.txt cannot be read: No such file'): read_wishes(tmp_path/'b.txt')
     (tmp_path/'c.txt').write_bytes(b'\xff\xfe\x00')
-    with pytest.raises(ValueError, match='c.txt cannot be read'): read_wishes(tmp_path/'c.txt')
+    with pytest.raises(ValueError, match='c.txt is not text in UTF-8'): read_wishes(tmp_path/'c.txt')
 
 
 def test_wrong_arguments(parts, tmp_path):

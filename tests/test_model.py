@@ -13,9 +13,10 @@ from transformers import CLIPConfig, CLIPImageProcessor
 from sd_deepdive.drawings import drawings
 from sd_deepdive.images import max_difference
 from sd_deepdive.models import load_pipeline, text_to_image
-from sd_deepdive.places import embedded_folder
+from sd_deepdive.places import embedded_folder, find_model
 from sd_deepdive.parts import load_parts
 from sd_deepdive.sampling import make_samples
+from sd_deepdive.scratch.parts import load_parts as load_by_hand
 from sd_deepdive.schedulers import SCHEDULERS, with_scheduler
 from sd_deepdive.training.autoencoder import latent_deviation, psnr_of, round_trips
 from sd_deepdive.training.diffusion import noise_loss, text_states
@@ -165,6 +166,31 @@ def test_cut_short(tmp_path, file):
     whole = (tmp_path/'copy'/file).read_bytes()
     (tmp_path/'copy'/file).write_bytes(whole[:len(whole)//2])
     with pytest.raises(ValueError, match='copy.*Copy the folder again'): load_pipeline(tmp_path/'copy', device='cpu')
+
+
+@pytest.mark.parametrize('part', [0, .3, .999])
+def test_merges_cut_short(tmp_path, part):
+    "Merges that end early, at the end of a line, would give words other ids without a word: refused by both loaders, and by the finder."
+    shutil.copytree(embedded_folder(), tmp_path/'copy')
+    file = tmp_path/'copy'/'tokenizer'/'merges.txt'
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text(''.join(lines[:round(part*len(lines))]))
+    for load in (find_model, load_pipeline, load_parts, load_by_hand):
+        with pytest.raises(ValueError, match='merges.*Copy the folder again'): load(tmp_path/'copy')
+    file.unlink()
+    with pytest.raises(ValueError, match='no tokenizer/merges.txt.*Copy the folder again'): load_pipeline(tmp_path/'copy')
+
+
+@pytest.mark.parametrize('g', [-.1, -5])
+def test_negative_guidance(pipe, g):
+    "diffusers would take it for 1."
+    with pytest.raises(ValueError, match=f'guidance_scale={g}'): text_to_image(pipe, 'a bell', guidance_scale=g)
+
+
+def test_long_prompt(pipe):
+    "The warning of a prompt of thousands of words does not show them all."
+    with pytest.warns(UserWarning, match='cut off is') as said: text_to_image(pipe, 'a bell '*3000, num_inference_steps=2)
+    assert all(len(str(w.message)) < 600 for w in said)
 
 
 def test_another_kind_of_pipeline(small):

@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
 from tempfile import TemporaryDirectory
-from ..checks import file_path, real_number, whole_number
+from ..checks import file_path, in_one_line, real_number, whole_number
 from ..images import fit_picture
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, quiet
@@ -303,6 +303,7 @@ def _leave(out: Path, parts: Parts, train: list[Example], held: list[Example], *
 
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9
 @call_parse
+@in_one_line
 def own_pictures(
     folder: Path = Path('pictures'),   # with the pictures
     captions: Path | None = None,      # the table; default: `captions.csv` in the folder

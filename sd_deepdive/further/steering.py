@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from collections.abc import Callable, Sequence
-from ..checks import real_number, same_shape, side as fitting_side, tensor, texts, whole_number, whole_numbers
+from ..checks import real_number, same_shape, side as fitting_side, tensor, text as one_text, texts, whole_number, whole_numbers
 from ..guidance import guide
 from ..images import on_colour
 from ..latents import latents2pil, pil2latent
@@ -94,7 +94,7 @@ def steer(
     parts: Parts,                                            # of a model; a pipeline will do too
     step: Step,                                              # its latents are moved
     loss: Callable[[Tensor], Tensor],                        # pixels (B, 3, H, W) to a number for each picture, (B,)
-    strength: float,                                         # how far, in parts of the noise: from .01 on
+    strength: float,                                         # how far, in parts of the noise; what is right depends on the loss: try .01, .03, .1
     ask: Callable[[Tensor, Tensor], Tensor] | None = None,   # (x_t, t) to noise: go through the UNet; default: not
 ) -> Tensor:
     """Move `step.latents` against the gradient of a loss, in proportion to the noise in them; returns the loss before.
@@ -208,7 +208,7 @@ def inpaint(
 ) -> list[Image.Image]:
     """Draw a part of a picture anew. TypeError or ValueError for what does not fit.
     Avrahami et al. 2022, arXiv:2206.02779, algorithm 1."""
-    parts, seeds, n = take_apart(parts), _fits(image, mask, seeds), num_inference_steps
+    parts, seeds, prompt, n = take_apart(parts), _fits(image, mask, seeds), one_text('prompt', prompt), num_inference_steps
     draw, known = mask2latent(parts, mask), pil2latent(parts, image).repeat(len(seeds), 1, 1, 1)
     text, uncond = text_enc(parts, [prompt]*len(seeds)), text_enc(parts, ['']*len(seeds))
     noise, after = make_noise(parts, seeds, *image.size[::-1]), after_step(parts, n)
@@ -241,14 +241,17 @@ def parse_weights(
     prompt: str,   # with weights, such as "octopus, (3d:1.3) style"
 ) -> tuple[str, list[tuple[int, int, float]]]:
     """The prompt as the text encoder is to read it, and (start, end, weight) of each weighted piece of it, in letters.
-    Brackets without a weight stay as they are. TypeError if it is no text, ValueError for a weight too large to be a number."""
-    if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
+    Brackets without a weight stay as they are. TypeError if it is no text, ValueError for a weight that cannot be read."""
     plain, spans, last = '', [], 0
-    for found in re.finditer(r'\(([^():]+):(-?\d+\.?\d*|-?\.\d+)\)', prompt):
+    one_text('prompt', prompt)
+    for found in re.finditer(r'\(([^():]+): *([+-]?(?:\d+\.?\d*|\.\d+)) *\)', prompt):
         plain += prompt[last:found.start()]
         spans.append((len(plain), len(plain + found[1]), real_number('weight', float(found[2]))))
         plain, last = plain + found[1], found.end()
-    return plain + prompt[last:], spans
+    plain += prompt[last:]
+    if left := re.search(r'\([^()]*: *[+-]?\.?\d[^()]*\)', plain):
+        raise ValueError(f'prompt={prompt!r}: {left[0]!r} has a weight that cannot be read. Write (word:1.3), none inside another.')
+    return plain, spans
 
 # %% ../../nbs/24_steer_it.ipynb #d8a976cf
 def token_weights(

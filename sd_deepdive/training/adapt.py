@@ -14,7 +14,7 @@ import torch
 from collections.abc import Callable, Sequence
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import file_path, real_number, tensor, whole_file, whole_number
+from ..checks import file_path, in_one_line, real_number, tensor, whole_file, whole_number
 from ..drawings import drawings
 from ..images import on_colour
 from ..latents import pil2latent
@@ -112,6 +112,7 @@ def train_word(
 
 # %% ../../nbs/22_training_a_new_word.ipynb #058f3f34
 @call_parse
+@in_one_line
 def train_course_word(
     file: Path | None = None,   # default: the words that ship with the course
     steps: int = 200,    # how many batches

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from diffusers import AutoencoderKL
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import same_shape, tensor, whole_number
+from ..checks import in_one_line, same_shape, tensor, whole_number
 from ..drawings import read_drawings
 from .data import compose, palette, placings, stack, styles
 from .loop import Trainer, accelerator, save_record, save_sheet
@@ -170,6 +170,7 @@ def _save_autoencoder(
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #01b7d4ed
 @call_parse
+@in_one_line
 def train_autoencoder(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the network goes to `autoencoder/vae`
     crop_steps: int = 3900,             # steps on crops

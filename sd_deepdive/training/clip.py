@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from ..checks import tensor, texts as check_texts, whole_file, whole_number
+from ..checks import in_one_line, tensor, texts as check_texts, whole_file, whole_number
 from ..drawings import Drawing, read_drawings
 from ..models import quiet
 from ..places import embedded_folder
@@ -305,6 +305,7 @@ def _fit_clip(trainer: Trainer, tokenizer, drawings, unseen: bool, batch: int, f
 
 # %% ../../nbs/20_text_meets_pictures.ipynb #8b7db354
 @call_parse
+@in_one_line
 def train_text(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the network goes to `text`, or to `judge`
     judge: bool = False,                # another pair, of another seed and on all drawings, to judge by

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from fastcore.script import call_parse
 from functools import lru_cache
 from pathlib import Path
-from ..checks import file_path, tensor, whole_number, whole_numbers
+from ..checks import file_path, in_one_line, tensor, whole_number, whole_numbers
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts, take_apart
 from ..sampling import make_samples
@@ -294,6 +294,7 @@ def _unet(weights: Path | None) -> UNet2DConditionModel:
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #92d29ab8
 @call_parse
+@in_one_line
 def train_diffusion(
     folder: Path = Path('artifacts'),    # with `pictures.zip`; the network goes to `diffusion/unet`
     stages: str = '24:1500 100:12500',   # things:last step, and so on

@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from ..checks import tensor
+from ..checks import in_one_line, tensor
 from scipy.linalg import eigvals
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts
@@ -159,6 +159,7 @@ def quality(
 
 # %% ../../nbs/00_quality.ipynb #eeb975d7
 @call_parse
+@in_one_line
 def measure_quality(
     folder: Path = Path('artifacts'),   # with `pictures.zip`; the table goes to `quality.json`
     model: str = 'embedded',            # or a folder

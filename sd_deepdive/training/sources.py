@@ -29,6 +29,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from PIL import Image
+from ..checks import in_one_line
 from ..drawings import Drawing, write_drawings
 from tqdm.auto import tqdm
 
@@ -203,6 +204,7 @@ def drawings_of(
 
 # %% ../../nbs/00_sources.ipynb #c5609d55
 @call_parse
+@in_one_line
 def make_data(
     folder: Path = Path('artifacts'),   # packages and pictures go there
 ) -> None:
