@@ -78,6 +78,17 @@ def test_page_fits_a_phone(browser, page, scheme):
     assert page not in IN_DARK or scheme == 'light' or findings(browser) == []
 
 
+def test_on_paper(browser):
+    "Printed, a lesson has its title, folded code and solutions open, and neither search nor badges."
+    browser.open('loop.html')
+    browser.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': 'print'})
+    try:
+        for css, there in {'h1.title': True, 'details > :not(summary)': True, '#quarto-search': False, '.lesson-badges img': False}.items():
+            seen = browser.js('return [...document.querySelectorAll(arguments[0])].map(e => e.checkVisibility({contentVisibilityAuto: true}))', css)
+            assert seen and set(seen) == {there}, css
+    finally: browser.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': ''})
+
+
 def test_machine_readable(site):
     "llms.txt lists the pages, and each page has its text in Markdown where the modules say."
     listed = (site/'llms.txt').read_text()
