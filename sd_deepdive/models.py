@@ -8,7 +8,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_to_image.html.md"""
 __all__ = ['quiet', 'load_pipeline', 'draw_in_batches', 'text_to_image']
 
 # %% ../nbs/01_text_to_image.ipynb #261fe24c
-import json, logging, reprlib
+import json, logging, re, reprlib
 import diffusers, transformers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -95,7 +95,8 @@ def load_pipeline(
         if where.is_dir(): _check_weights(pipe, where)
     except Exception as e:
         if isinstance(e, MemoryError): raise
-        raise ValueError(f'{where} could not be loaded ({shorten(str(e), 200)}). Copy the {"file" if where.is_file() else "folder"} again.') from None
+        why = shorten(re.split(r'\. (?=[A-Z])', str(e))[0], 200)      # what follows is advice for other calls
+        raise ValueError(f'{where} could not be loaded ({why}). Copy the {"file" if where.is_file() else "folder"} again.') from None
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
     with quiet(): return pipe.to(device)
 

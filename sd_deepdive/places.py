@@ -74,8 +74,9 @@ def _damaged(file: Path, folder: Path, why: object) -> ValueError:
 def _check_files(folder: Path):
     "ValueError for a .json or .safetensors file, wherever it lies in the folder, that cannot be read."
     for file in sorted(folder.rglob('*.json')):
-        try: json.loads(file.read_text(encoding='utf-8'))
+        try: said = json.loads(file.read_text(encoding='utf-8'))
         except (ValueError, OSError) as e: raise _damaged(file, folder, e) from None
+        if file.name.endswith('config.json') and not isinstance(said, dict): raise _damaged(file, folder, 'it holds no fields')
     for file in sorted(folder.rglob('*.safetensors')):
         try:
             with safe_open(file, 'pt'): pass
