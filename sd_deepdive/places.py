@@ -76,7 +76,8 @@ def _check_files(folder: Path):
     for file in sorted(folder.rglob('*.json')):
         try: said = json.loads(file.read_text(encoding='utf-8'))
         except (ValueError, OSError) as e: raise _damaged(file, folder, e) from None
-        if file.name.endswith('config.json') and not isinstance(said, dict): raise _damaged(file, folder, 'it holds no fields')
+        if file.name.endswith('config.json') and not isinstance(said, dict):
+            raise ValueError(f'{file} holds a {type(said).__name__}, no fields. Copy the folder again.')
     for file in sorted(folder.rglob('*.safetensors')):
         try:
             with safe_open(file, 'pt'): pass
