@@ -57,36 +57,38 @@ def number_wishes(
     first = whole_number('seed', seed, 0, 2**63)
     return [Wish(prompt, first + i, negative_prompt) for i, prompt in enumerate(texts('prompts', prompts))]
 
-# %% ../../nbs/00_many_pictures.ipynb #ca8a578a
-KEYS = 'prompt', 'seed', 'negative_prompt'     # what a row may say
-
+# %% ../../nbs/00_many_pictures.ipynb #ee5f9c88
 def _lines(text: str) -> Iterator[tuple[int, str]]:
     "Lines and their numbers from 1; empty ones at the end are left out."
     return enumerate(text.rstrip('\n').split('\n'), 1)
 
-def _check_names(names: Sequence[str]) -> None:
-    "ValueError for a name that says nothing here."
-    if unknown := [name for name in names if name not in KEYS]:
-        raise ValueError(f'{unknown[0]!r} is not known. Known are {", ".join(KEYS)}.')
+# %% ../../nbs/00_many_pictures.ipynb #bdcdf4b1
+KEYS = 'prompt', 'seed', 'negative_prompt'     # what a row may say
 
+def _check_names(line: int, names: Sequence[str]) -> None:
+    "ValueError for a name that says nothing here, or stands there twice."
+    if unknown := [name for name in names if name not in KEYS]:
+        raise ValueError(f'line {line}: {unknown[0]!r} is not known. Known are {", ".join(KEYS)}.')
+    if len({*names}) < len(names):
+        raise ValueError(f'line {line}: two columns have one name. Keep one of each: {", ".join(dict.fromkeys(names))}.')
+
+# %% ../../nbs/00_many_pictures.ipynb #26830fb7
 def _csv_rows(text: str) -> Iterator[tuple[int, dict]]:
-    "Rows of a table and the numbers of their lines. ValueError for columns that say nothing, or the same."
+    "Rows of a table and the numbers of their lines. ValueError for its columns' names."
     reader = csv.DictReader(StringIO(text))
-    names = reader.fieldnames or []
-    try: _check_names(names)
-    except ValueError as e: raise ValueError(f'line 1: {e}') from None
-    if len({*names}) < len(names): raise ValueError(f'line 1: two columns have one name. Keep one of each: {", ".join(dict.fromkeys(names))}.')
+    _check_names(1, reader.fieldnames or [])
     for row in reader: yield reader.line_num, row
 
 def _json_rows(text: str) -> Iterator[tuple[int, dict]]:
-    "Objects and the numbers of their lines. ValueError for a line that holds none."
+    "Objects and the numbers of their lines. ValueError for a line that holds none, or other names."
     for n, line in _lines(text):
         try: row = json.loads(line)
         except ValueError: row = None
-        if not isinstance(row, dict):
-            raise ValueError(f'line {n} is no JSON object. Write {{"prompt": "..."}}.')
+        if not isinstance(row, dict): raise ValueError(f'line {n} is no JSON object. Write {{"prompt": "..."}}.')
+        _check_names(n, [*row])
         yield n, row
 
+# %% ../../nbs/00_many_pictures.ipynb #ca8a578a
 READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(text)),
            '.csv': _csv_rows, '.jsonl': _json_rows}
 
@@ -94,7 +96,6 @@ READERS = {'.txt': lambda text: ((n, dict(prompt=line)) for n, line in _lines(te
 def _wish(row: dict, seed: int) -> Wish:
     "The wish of a row; `seed` is for one that names none. TypeError or ValueError for a row that cannot be used."
     if None in row: raise ValueError('there are more values than columns. Put quotes around a prompt with a comma.')
-    _check_names(row)
     given = {name: value for name, value in row.items() if value not in (None, '')}
     own = given.get('seed', seed)
     if isinstance(own, str):     # as a table has it
