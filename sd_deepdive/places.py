@@ -86,10 +86,10 @@ def _check_files(folder: Path):
 # %% ../nbs/00_places.ipynb #868df676
 def _check_tokenizer(folder: Path):
     "ValueError if vocab.json and merges.txt do not belong together: with some merges missing a word gets other ids, and another picture is drawn."
-    files = vocab, merges = folder/'tokenizer'/'vocab.json', folder/'tokenizer'/'merges.txt'
-    there = [file for file in files if file.is_file()]
-    if not there: return      # tokenizer.json says it all
-    if len(there)==1: raise ValueError(f'{folder} has no tokenizer/{({*files} - {*there}).pop().name}. Copy the folder again.')
+    vocab, merges = files = [folder/'tokenizer'/name for name in ('vocab.json', 'merges.txt')]
+    missing = [file for file in files if not file.is_file()]
+    if missing==files: return      # tokenizer.json says it all
+    if missing: raise ValueError(f'{folder} has no tokenizer/{missing[0].name}. Copy the folder again.')
     known = {word for word in json.loads(vocab.read_text(encoding='utf-8')) if len(word.removesuffix('</w>')) > 1 and not re.fullmatch('<.*>', word)}
     try: made = {''.join(line.split()) for line in merges.read_text(encoding='utf-8').splitlines() if not line.startswith('#version')}
     except UnicodeDecodeError as e: raise _damaged(merges, folder, e) from None

@@ -66,8 +66,8 @@ def cells(nb, until):
 
 
 def test_lessons_elsewhere(wheel, tmp_path):
-    """Two lessons run, each as far as one of its headings, and all that the others import is there: the first cell installs our package and nothing else, torch stays, and no file
-    is needed beside the notebook."""
+    """Two lessons run, each as far as one of its headings, and all that the others import is there: the first cell installs our package and nothing
+    else, torch stays, and no file is needed beside the notebook."""
     python, site = image(tmp_path)
     built, = wheel.parent.glob('*.whl')
     env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'PYTEST', 'VIRTUAL_ENV'))}

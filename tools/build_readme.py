@@ -4,6 +4,7 @@ from pathlib import Path
 
 from fastcore.nbio import read_nb
 from nbdev.config import get_config, nbpath2html
+from sd_deepdive.checks import whole_file
 from smalldocs.markdown import split_front_matter
 from smalldocs.notebook import cell_options
 
@@ -57,9 +58,8 @@ def main():
     "Write README.md and its pictures."
     os.chdir(ROOT)
     cfg = get_config()
-    part = ROOT/'README.md.part'
-    part.write_text(readme(cfg, ROOT))
-    part.replace(ROOT/'README.md')
+    made = readme(cfg, ROOT)
+    with whole_file(ROOT/'README.md') as part: part.write_text(made)
 
 
 if __name__ == '__main__': main()

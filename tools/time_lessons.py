@@ -6,6 +6,8 @@ import json, sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
+from sd_deepdive.checks import whole_file
+
 RECORD = Path(__file__).with_name('times.json')
 
 
@@ -19,9 +21,7 @@ def main():
     "Add what the report holds to the record."
     if not (new := times(sys.argv[1])): sys.exit(f'{sys.argv[1]} holds no notebook that passed: give a report of tests/test_notebooks.py.')
     record = json.loads(RECORD.read_text()) | new
-    part = RECORD.with_name(f'{RECORD.name}.part')
-    part.write_text(json.dumps(dict(sorted(record.items())), indent=1) + '\n')
-    part.replace(RECORD)
+    with whole_file(RECORD) as part: part.write_text(json.dumps(dict(sorted(record.items())), indent=1) + '\n')
     print(*(f'{name}: {s} s' for name, s in new.items()), sep='\n')
 
 

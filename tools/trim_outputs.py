@@ -1,10 +1,10 @@
 """Drop what a saved notebook need not hold: the JPEG that IPython saves beside each PNG, widgets, which nothing answers, progress bars, and the
 bytes that a PNG can do without (where oxipng is installed, which has no wheels for the newest Python). No pixel changes."""
 import base64
-from pathlib import Path
 
 from fastcore.nbio import read_nb, write_nb
 from nbdev.doclinks import nbglob
+from sd_deepdive.checks import whole_file
 
 try: import oxipng
 except ImportError: oxipng = None
@@ -32,7 +32,7 @@ def smaller(png):
 
 def trim(path):
     "Trim one notebook, which is replaced as a whole."
-    nb, part = read_nb(path), Path(f'{path}.part')
+    nb = read_nb(path)
     for cell in nb.cells:
         if 'outputs' not in cell: continue
         cell.outputs = [out for out in cell.outputs if not is_widget(out) and not is_bar(out)]
@@ -41,8 +41,7 @@ def trim(path):
             if 'image/png' not in data: continue
             data.pop('image/jpeg', None)
             data['image/png'] = smaller(data['image/png'])
-    write_nb(nb, part)
-    part.replace(path)
+    with whole_file(path) as part: write_nb(nb, part)
 
 
 if __name__ == '__main__':

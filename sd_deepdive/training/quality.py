@@ -169,9 +169,9 @@ def measure_quality(
     "The quality table of a model, on training pairs and on all held-out pairs of things that it was taught."
     folder, parts, judge = Path(folder), load_parts(model, dtype=torch.float32), load_judge()
     everything = [d for d in read_drawings(folder/'pictures.zip') if d.style in styles()]
-    record = folder/'diffusion'/'record.json'      # which things they are; all of the recipe if it was trained elsewhere
-    stages = json.loads(record.read_text())['stages'] if record.exists() else [(len(things()), 0)]
-    taught = [d for d in everything if d.thing in things(max(n for n, _ in stages))]
+    record = folder/'diffusion'/'record.json'      # of how many things; if it was trained elsewhere, of all
+    most = max(n for n, _ in json.loads(record.read_text())['stages']) if record.exists() else None
+    taught = [d for d in everything if d.thing in things(most)]
     held, seen = [d for d in taught if d.held_out], [d for d in taught if not d.held_out]
     some = random.Random(0).sample(seen, min(captions, len(seen)))
     table = {name: quality(parts, judge, wanted, everything, guidance_scale)

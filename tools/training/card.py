@@ -5,6 +5,7 @@ from string import Template
 
 from fastcore.script import call_parse
 
+from sd_deepdive.checks import whole_file
 from sd_deepdive.drawings import read_drawings
 from sd_deepdive.places import embedded_folder
 from sd_deepdive.training.data import styles, things
@@ -40,9 +41,8 @@ def main(
 ):
     "Write the card of the embedded model."
     file = embedded_folder()/'README.md'
-    part = file.with_suffix('.part')
-    part.write_text(card(Path(folder)))
-    part.replace(file)
+    text = card(Path(folder))
+    with whole_file(file) as part: part.write_text(text)
     print(f'{file} is written.')
 
 

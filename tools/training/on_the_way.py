@@ -20,21 +20,21 @@ TABLE = 'embeddings.token_embedding.weight'
 
 def keep(folder: Path, to: Path = KEPT):
     "Half precision: the UNet's averaged weights; the text encoder, of its table only the rows that are not zero; its picture tower; the judge."
-    out, to = to, folder/'on_the_way.new'
-    shutil.rmtree(to, ignore_errors=True)
-    to.mkdir(parents=True)
+    new = folder/'on_the_way.new'
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
     unet = UNet2DConditionModel.from_pretrained(folder/'diffusion'/'on-the-way')
-    save_file({name: w.half().contiguous() for name, w in unet.state_dict().items()}, to/'unet.safetensors')
+    save_file({name: w.half().contiguous() for name, w in unet.state_dict().items()}, new/'unet.safetensors')
     text = CLIPTextModel.from_pretrained(folder/'text'/'text_encoder').state_dict()
     table = text.pop(next(name for name in text if name.endswith(TABLE)))
     rows = table.abs().sum(1).nonzero().flatten()
     text = {name: w.half() for name, w in text.items() if w.is_floating_point()} | dict(rows=rows.int(), values=table[rows].half())
-    save_file({name: w.contiguous() for name, w in text.items()}, to/'text_encoder.safetensors')
+    save_file({name: w.contiguous() for name, w in text.items()}, new/'text_encoder.safetensors')
     for name in TOWERS:
         tower = load_file(folder/name/'picture_tower.safetensors')
-        save_file({name: w.half() for name, w in tower.items()}, to/f'{name}_tower.safetensors')
-    shutil.copy(folder/'text'/'record.json', to)
-    replace(to, out)
+        save_file({name: w.half() for name, w in tower.items()}, new/f'{name}_tower.safetensors')
+    shutil.copy(folder/'text'/'record.json', new)
+    replace(new, to)
 
 
 def restore(folder: Path, kept: Path = KEPT):
