@@ -1,5 +1,7 @@
 """The site, as a reader meets it: in headless Chromium, with no other host to be reached."""
 import gzip, re, sys
+from base64 import b64decode
+from io import BytesIO
 from urllib.parse import unquote, urlsplit
 
 import pytest
@@ -8,6 +10,7 @@ from conftest import CFG, NBS, ROOT
 from fastcore.basics import AttrDict
 from fastcore.nbio import mk_cell, read_nb
 from nbdev.config import nbpath2html
+from PIL import Image
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
@@ -135,6 +138,25 @@ def of_all(
     goes on.
 
     Another paragraph."""
+
+
+@pytest.mark.parametrize('page', PAGES)
+def test_signatures_and_figures(site, page):
+    "Signatures name types as the source does, without modules; a figure, saved with 200 dots to the inch, says how wide it is shown."
+    doc = soup(site/page)
+    assert not re.search(r'__main__\.|torch\._C\.|collections\.abc\.', ' '.join(pre.text for pre in doc.select('pre') if pre.text.startswith('def ')))
+    for img in doc.select('img[src^="data:image/png;base64,"]'):
+        figure = Image.open(BytesIO(b64decode(img['src'].split(',')[1])))
+        shown = round(figure.width*.625) if figure.info.get('dpi', (72,))[0] > 150 else None
+        assert img.get('width') == (shown and str(shown))
+
+
+def test_described_in_order(site):
+    "What one cell defines is described in its order, and its code follows."
+    parts = [e.text.split('\n')[0] for e in soup(site/'samplers_by_hand.html').select('main h3, main summary')]
+    code = next(k for k, part in enumerate(parts) if part.startswith('The code of ') and part.count(',') > 1)
+    names = parts[code].removeprefix('The code of ').split(', ')
+    assert [part.split('.')[-1] for part in parts[code - len(names):code]] == names
 
 
 def test_description():

@@ -13,13 +13,18 @@ IMPORTS, DEFS = (ast.Import, ast.ImportFrom), (ast.FunctionDef, ast.ClassDef)
 
 
 class Description(showdoc.BasicMarkdownRenderer):
-    "A function's description: the whole first paragraph in italics, and the comment of `**kwargs` beside it."
+    "A function's description: the whole first paragraph in italics, the comment of `**kwargs` beside it, types by their names."
     def __init__(self, sym, **kw):
         super().__init__(sym, **kw)
         first, *rest = (self.docs or '').split('\n\n')
         self.docs = '\n\n'.join([' '.join(first.split()), *rest])      # nbdev sets the first line in italics
         if isinstance(self.dm, DocmentText):
             self.dm.dm = {k: v for k, v in docments(self.dm.obj, full=True, args_kwargs=True).items() if k != 'self'}
+
+    def _repr_markdown_(self):
+        "Types by the names that the source has: no module before a capital letter."
+        short = lambda signature: re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', signature[0])
+        return re.sub(r'```python\n.*?```', short, super()._repr_markdown_(), flags=re.S)
 
 
 def index_all(index, files, root, nbs_path):
@@ -89,8 +94,18 @@ def add_fold(cell):
         cell.source = f'#| code-fold: {"true" if folded else "show"}\n#| code-summary: "{title}"\n{cell.source}'
 
 
+class docs_first(Processor):
+    "What a cell defines is described before its code, in its order."
+    def begin(self):
+        cells = self.nb.cells
+        for cell in reversed([c for c in cells if c.cell_type == 'code' and 'exports' in c.directives_]):
+            first = end = cell.idx_ + 1
+            while end < len(cells) and getattr(cells[end], 'has_sd', False): end += 1
+            cells[cell.idx_:end] = [*reversed(cells[first:end]), cell]
+
+
 class Steps(processors.FilterDefaults):
     "nbdev's steps with these in their places."
     def base_procs(self):
-        own = {'add_links': [add_links], 'add_fold': [add_fold, add_aside], 'rm_export': [show_hidden, processors.rm_export]}
+        own = {'mv_exports': [docs_first], 'add_links': [add_links], 'add_fold': [add_fold, add_aside], 'rm_export': [show_hidden, processors.rm_export]}
         return [step for old in super().base_procs() for step in own.get(old.__name__, [old])]
