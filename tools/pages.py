@@ -22,9 +22,10 @@ class Description(showdoc.BasicMarkdownRenderer):
             self.dm.dm = {k: v for k, v in docments(self.dm.obj, full=True, args_kwargs=True).items() if k != 'self'}
 
     def _repr_markdown_(self):
-        "Types by the names that the source has: no module before a capital letter."
+        "Types by the names that the source has: no module before a capital letter. A heading `__call__` is not bold."
         short = lambda signature: re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', signature[0])
-        return re.sub(r'```python\n.*?```', short, super()._repr_markdown_(), flags=re.S)
+        text = re.sub(r'```python\n.*?```', short, super()._repr_markdown_(), flags=re.S)
+        return re.sub(r'^#+ .*$', lambda heading: heading[0].replace('_', r'\_'), text, count=1, flags=re.M)
 
 
 def index_all(index, files, root, nbs_path):
@@ -43,10 +44,6 @@ class Lookup(NbdevLookup):
     def __init__(self, page, made, known):
         super().__init__()
         self.page, self.made, self.known = page, made, known
-
-    def doc(self, sym):
-        "The address; a heading's anchor has no underscores around a name such as `__call__`."
-        return re.sub(r'(#.*\.)__(\w+?)__$', r'\1\2', super().doc(sym) or '') or None
 
     def _link_sym(self, m):
         plain = m[1].isalpha() and m[1].islower() and not m[0].endswith('()`')

@@ -66,7 +66,8 @@ def read_captions(
         raise ValueError(f"{name} has {found}. Give it the columns 'file' and 'caption', and lines.")
     cell = lambda row, name: (row.get(name) or '').strip()
     if group and (without := [n for n, row in enumerate(rows, 2) if not cell(row, group)]):
-        raise ValueError(f"{name} has no {group!r} in {len(without)} lines, the first of them {without[0]}. "
+        others = f' and {len(without) - 1} more' if without[1:] else ''
+        raise ValueError(f"{name} has no {group!r} in line {without[0]}{others}. "
                          'Fill in whom each picture is from, or give group=None if no two have anything in common.')
     return [Example(folder/cell(row, 'file'), cell(row, 'caption'), cell(row, group or 'file')) for row in rows]
 
@@ -295,8 +296,9 @@ def _claim(out: Path, latents: Tensor, captions: list[str], **settings: float) -
 # %% ../../nbs/26_your_own_pictures.ipynb #95edfe85
 def _leave(out: Path, parts: Parts, train: list[Example], held: list[Example], **record: float) -> None:
     "Tell of a run, draw held-out captions, and write down how it went."
-    groups = lambda side: len({e.group for e in side})
-    print(f'{len(train)} pictures of {groups(train)} groups learned, {len(held)} of {groups(held)} held out; their loss {record["before"]:.4f}, now {record["after"]:.4f}')
+    count = lambda n, what: f'{n} {what}' + 's'*(n!=1)
+    size = lambda side: f'{count(len(side), "picture")} of {count(len({e.group for e in side}), "group")}'
+    print(f'{size(train)} learned, {size(held)} held out; their loss {record["before"]:.4f}, now {record["after"]:.4f}')
     asked = [e.caption for e in held[:16]]
     save_sheet(make_samples(parts, asked, seed=[*range(len(asked))]), 4, out/'sheet.png')
     save_record(out/'record.json', train=len(train), held=len(held), **record)

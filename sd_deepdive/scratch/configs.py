@@ -51,9 +51,9 @@ def check_field(
         raise TypeError(f'{name}={value!r} is a list; one number is written here. Use a checkpoint '
                         'of Stable Diffusion 1.x, or load it with diffusers.')
     if kind is float:
-        return real_number(name, value)
+        return real_number(name, value, usual)
     least = 1 if usual is None else min(1, usual)
-    return value if value is None is usual else whole_number(name, value, least)
+    return value if value is None is usual else whole_number(name, value, least, example=usual)
 
 # %% ../../nbs/00_configs.ipynb #8e8867f3
 SHARED_OUT = {'norm_num_groups': 'block_out_channels', 'attention_head_dim': 'block_out_channels',

@@ -24,7 +24,7 @@ def attend(
     heads: int,          # C is cut into so many parts, and each attends on its own
     **options: object,   # of scaled_dot_product_attention: attn_mask, is_causal, scale
 ) -> Tensor:
-    """softmax(q k'/sqrt(d)) v in each head, d = C/heads: (B, N, C).
+    """`softmax(q k'/sqrt(d)) v` in each head, d = C/heads: (B, N, C).
     Vaswani et al. 2017, arXiv:1706.03762, eq. 1 and section 3.2.2."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
     x = F.scaled_dot_product_attention(q, k, v, **options)

@@ -296,17 +296,17 @@ def _unet(weights: Path | None) -> UNet2DConditionModel:
 @call_parse
 @in_one_line
 def train_diffusion(
-    folder: Path = Path('artifacts'),    # with `pictures.zip`; the network goes to `diffusion/unet`
-    stages: str = '24:1500 100:12500',   # things:last step, and so on
-    batch: int = 16,                     # pictures in each
-    lr: float = 1e-3,                    # learning rate at its highest
-    decay: float = .3,                   # part of the steps in which the rate falls
-    coloured: float = .15,               # part of the pictures on a colour
-    rehearse: float = 0.,                # part of the pictures that show things of the first stage, to the end
-    weighting: str = 'none',             # of times: or 'min-snr', 'debiased'
-    precision: str = 'no',               # or 'bf16'
-    weights: Path | None = None,         # a UNet to start from
-    every: int = 500,                    # steps between checkpoints and sheets
+    folder: Path = Path('artifacts'),               # with `pictures.zip`; the network goes to `diffusion/unet`
+    stages: str = '24:1500 100:12500 411:31100',    # things:last step, and so on
+    batch: int = 16,                                # pictures in each
+    lr: float = 8e-4,                               # learning rate at its highest
+    decay: float = .4,                              # part of the steps in which the rate falls
+    coloured: float = .15,                          # part of the pictures on a colour
+    rehearse: float = .3,                           # part of the pictures that show things of the first stage, to the end
+    weighting: str = 'debiased',                    # of times: or 'none', 'min-snr'
+    precision: str = 'no',                          # or 'bf16'
+    weights: Path | None = None,                    # a UNet to start from
+    every: int = 500,                               # steps between checkpoints and sheets
 ) -> None:
     "Train the UNet of the embedded model on the whole set, text and latents frozen."
     folder, out, acc = Path(folder), Path(folder)/'diffusion', accelerator(precision)

@@ -82,6 +82,3 @@ def assemble(
         files = [f for f in (package/part).rglob('*') if f.is_file()]
         print(f'{part}: {sum(f.stat().st_size for f in files)/1e6:.1f} MB, largest {max(files, key=lambda f: f.stat().st_size).name}')
     print('Now run `make quality` and `make card`; and `make train-word`: the word of lesson 04 belongs to the model that it was trained on.')
-
-
-if __name__ == '__main__': assemble()

@@ -44,6 +44,3 @@ def main(
     text = card(Path(folder))
     with whole_file(file) as part: part.write_text(text)
     print(f'{file} is written.')
-
-
-if __name__ == '__main__': main()
