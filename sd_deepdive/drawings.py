@@ -39,7 +39,7 @@ def check_drawings(
     "The drawings as a list, perhaps an empty one. TypeError if one of them is none."
     found = [*drawings] if isinstance(drawings, Iterable) else [drawings]
     if wrong := [d for d in found if not isinstance(d, Drawing)]:
-        raise TypeError(f'drawings holds a {type(wrong[0]).__name__}. Give a list of drawings, as read_drawings returns them.')
+        raise TypeError(f'drawings holds one of type {type(wrong[0]).__name__}. Give a list of drawings, as read_drawings returns them.')
     return found
 
 # %% ../nbs/00_drawings.ipynb #3c153121
