@@ -77,7 +77,7 @@ def add_aside(cell):
     if 'slow' in cell.directives_: why = 'Slow'
     elif cell.directives_.get('eval') == 'false' and not re.search(r'# (exercise|check) \d', cell.source): why = 'With a network'
     else: return
-    cell.source = f'#| code-fold: show\n#| code-summary: "{why}: run this cell by itself"\n{cell.source}'
+    cell.source = f'#| code-fold: show\n#| code-summary: "{why}: not run with the rest"\n{cell.source}'
 
 
 def add_fold(cell):
