@@ -16,6 +16,7 @@ class Description(showdoc.BasicMarkdownRenderer):
     "A function's description: the whole first paragraph in italics, the comment of `**kwargs` beside it, types by their names."
     def __init__(self, sym, **kw):
         super().__init__(sym, **kw)
+        if hasattr(sym, '__wrapped__'): self.nm = sym.__qualname__      # nbdev names what was wrapped, without its class
         first, *rest = (self.docs or '').split('\n\n')
         self.docs = '\n\n'.join([' '.join(first.split()), *rest])      # nbdev sets the first line in italics
         if isinstance(self.dm, DocmentText):
