@@ -369,7 +369,8 @@ def fresh(
     if not isinstance(generator, list):
         return draw(len(like), generator)
     if len(generator)!=len(like):
-        raise ValueError(f'Seeds: {len(generator)}, pictures: {len(like)}. Give one seed for each picture.')
+        raise ValueError(f'Seeds: {len(generator)}, pictures: {len(like)}. '
+                         'Give one seed for each picture.')
     return torch.cat([draw(1, g) for g in generator])
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #1327d5d3
