@@ -15,13 +15,42 @@ import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fastcore.basics import AttrDict, patch
+from itertools import pairwise
 from torch import Tensor
 from typing import NamedTuple
-from ..checks import whole_number
+from ..checks import real_number, same_shape, tensor, whole_number
 from ..parts import Parts, take_apart
 from ..schedule import trained
 from .configs import FIELDS, WRITTEN, read_config
 from ..seeds import generators
+
+# %% ../../nbs/16_samplers_by_hand.ipynb #6c1f7d25
+def _check(*sigmas: float, **tensors: Tensor) -> None:
+    "TypeError or ValueError for what is no noise level, or for tensors of several shapes."
+    for sigma in sigmas:
+        if not isinstance(sigma, Tensor):
+            real_number('sigma', sigma, 1., least=0)
+        elif not (tensor('sigma', sigma).isfinite() & (sigma>=0)).all():
+            raise ValueError(f'sigma goes from {sigma.min()} to {sigma.max()}. Give levels of '
+                             'at least 0.')
+    if tensors:
+        same_shape(**tensors)
+
+
+# %% ../../nbs/16_samplers_by_hand.ipynb #a90d1e37
+def _check_past(most: int, past: Sequence[Tensor], x: Tensor, sigmas: Sequence | None = None) -> None:
+    "The same for what was predicted before, and the levels where it was. ValueError if they do not fit."
+    if not isinstance(past, list | tuple) or not 1<=len(past)<=most:
+        found = len(past) if isinstance(past, list | tuple) else type(past).__name__
+        raise ValueError(f'{found} earlier predictions. Give a list of 1 to {most}, the newest first.')
+    _check(x=x, **{f'prediction {k}': past[k] for k in range(len(past))})
+    if sigmas is None: return
+    if not isinstance(sigmas, Sequence) or len(sigmas)!=len(past):
+        raise ValueError(f'sigmas={sigmas!r}: give a list with a level for each prediction.')
+    _check(*sigmas)
+    if any(b<=a for a, b in pairwise(sigmas)):
+        raise ValueError(f'sigmas={sigmas!r} do not rise. Give the newest first, the smallest.')
+
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #b2845757
 def euler_step(
@@ -31,7 +60,9 @@ def euler_step(
     sigma_next: float,   # where the step leads
 ) -> Tensor:
     """Straight ahead, x + (sigma' - sigma) noise. Song et al. 2021 (DDIM), arXiv:2010.02502,
-    eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1 without its correction."""
+    eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1 without its correction.
+    TypeError or ValueError for two shapes, or what is no noise level; so for all steps below."""
+    _check(sigma, sigma_next, x=x, noise=noise)
     return x + (sigma_next - sigma)*noise
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #f78f5df2
@@ -46,9 +77,11 @@ def ancestral_step(
     """Down further than asked for, and up again with fresh noise. Song et al. 2021 (DDIM),
     arXiv:2010.02502, eq. 12 and 16; with eta = 1 Ho et al. 2020, arXiv:2006.11239, eq. 7.
     ValueError for a step that leads up, or for an eta that is no share."""
-    if torch.as_tensor(sigma_next>sigma).any() or not 0<=eta<=1:
-        raise ValueError(f'sigma={sigma}, sigma_next={sigma_next}, eta={eta} make no step down. '
-                         'Give a smaller sigma_next, and eta from 0 to 1.')
+    _check(sigma, sigma_next, x=x, noise=noise, fresh=fresh)
+    real_number('eta', eta, 1., 0, 1)
+    if torch.as_tensor(sigma_next>sigma).any():
+        raise ValueError(f'sigma={sigma}, sigma_next={sigma_next} is a step up. '
+                         'Give a smaller sigma_next.')
     up = eta*sigma_next*(1 - (sigma_next/sigma)**2)**.5
     down = (sigma_next**2 - up**2)**.5
     return euler_step(x, noise, sigma, down) + up*fresh
@@ -62,6 +95,7 @@ def heun_step(
     sigma_next: float,    # where the step leads
 ) -> Tensor:
     "Along the mean of both predictions. Karras et al. 2022, arXiv:2206.00364, algorithm 1."
+    _check(x=x, noise=noise, noise_next=noise_next)
     return euler_step(x, (noise + noise_next)/2, sigma, sigma_next)
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #41579448
@@ -76,7 +110,8 @@ def pndm_step(
 ) -> Tensor:
     """Along what the last predictions foretell, as if steps were even.
     Liu et al. 2022, arXiv:2202.09778, eq. 12. ValueError for no predictions."""
-    terms = zip(ADAMS_BASHFORTH[len(noises) - 1], noises, strict=True)
+    _check_past(4, noises, x)
+    terms = zip(ADAMS_BASHFORTH[len(noises) - 1], noises)
     return euler_step(x, sum(w*noise for w, noise in terms), sigma, sigma_next)
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #51d15598
@@ -84,7 +119,11 @@ def lms_weights(
     sigmas: Sequence[float],   # where the last predictions were made, the newest first
     sigma_next: float,         # where the step leads
 ) -> list[float]:
-    "For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others."
+    """For each the integral, to sigma_next, of the polynomial that is 1 there and 0 at the others.
+    ValueError for no levels."""
+    if not isinstance(sigmas, Sequence) or not sigmas:
+        raise ValueError(f'sigmas={sigmas!r}: give a list of at least one level.')
+    _check(*sigmas, sigma_next)
     levels, weights = np.array(sigmas) - sigmas[0], []
     for k, here in enumerate(levels):
         others = np.delete(levels, k)
@@ -102,8 +141,8 @@ def lms_step(
     """Along the curve through the last predictions: Adams-Bashforth for steps that are not even.
     Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, III.5.
     ValueError unless there is a level for each prediction."""
-    return x + sum(w*noise for w, noise in
-                   zip(lms_weights(sigmas, sigma_next), noises, strict=True))
+    _check_past(4, noises, x, sigmas)
+    return x + sum(w*noise for w, noise in zip(lms_weights(sigmas, sigma_next), noises))
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2acf88d5
 def dpm_step(
@@ -114,6 +153,8 @@ def dpm_step(
 ) -> Tensor:
     """Towards the picture that the last two foretell.
     Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095, algorithm 2."""
+    _check_past(2, x0s, x, sigmas)
+    _check(sigma_next)
     x0 = x0s[0]
     if len(x0s)==2 and sigma_next>0:
         step, before = np.log(sigmas[0]/sigma_next), np.log(sigmas[1]/sigmas[0])
@@ -144,8 +185,11 @@ def karras(
     smallest: float,   # likewise
     rho: float = 7.,   # the larger, the more of them are small
 ) -> np.ndarray:
-    "Noise levels whose rho-th roots are even. Karras et al. 2022, arXiv:2206.00364, eq. 5."
-    n = whole_number('n', n, 1)
+    """Noise levels whose rho-th roots are even. Karras et al. 2022, arXiv:2206.00364, eq. 5.
+    TypeError or ValueError for what are no levels."""
+    n = whole_number('n', n, 1, 10**6)
+    for name, level in dict(largest=largest, smallest=smallest).items():
+        real_number(name, level, 1., least=0)
     return np.linspace(largest**(1/rho), smallest**(1/rho), n)**rho
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #710517a0
