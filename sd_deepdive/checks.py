@@ -27,7 +27,7 @@ def whole_number(
     name: str,                 # of the argument
     value: object,             # what was given for it
     least: int,                # the smallest that is allowed
-    most: int | None = None,   # default: no limit
+    most: int | None = None,   # default: what a machine can count
     example: int | None = None,   # of what may be given; default: the nearest
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is out of range."
@@ -35,7 +35,7 @@ def whole_number(
         near = round(value) if isinstance(value, Real) and abs(value)<2**53 else 1
         near = max(least, near if most is None else min(near, most))
         raise TypeError(f'{name}={value!r} is not a whole number. Give one, such as {example or near}.')
-    if value<least or most is not None and value>most:
+    if value<least or value>(2**62 if most is None else most):
         limits = f'of at least {least}' if most is None else f'from {least} to {most}'
         raise ValueError(f'{name}={value} is out of range. Give a whole number {limits}.')
     return int(value)
@@ -79,7 +79,7 @@ def side(
     factor: int,     # pixels for one latent, along a side
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is no multiple of the factor."
-    pixels = whole_number(name, value, factor, example=16*factor)
+    pixels = whole_number(name, value, factor, 2**50, 16*factor)
     near = max(factor, round(pixels/factor)*factor)
     if pixels%factor:
         raise ValueError(f'{name}={pixels} is not a multiple of {factor}, the size of one latent. Try {name}={near}.')

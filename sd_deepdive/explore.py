@@ -17,7 +17,7 @@ import warnings
 import ipywidgets as widgets
 import torch
 from PIL import Image
-from .checks import texts, whole_number
+from .checks import of_kind, texts, whole_number
 from .drawings import drawings
 from .further.inside import among_words, lay_over, token_maps, token_names, unet_by_hand, watch_attention
 from .images import fit_picture, image_grid
@@ -36,7 +36,7 @@ def explorer(
     **controls: widgets.Widget,        # by name
 ) -> widgets.VBox:
     "Controls with a picture below them, drawn again when one of them changes. TypeError for what is no control."
-    whole_number('side', side, 1)
+    whole_number('side', side, 1, 10_000)
     if not callable(draw): raise TypeError(f'draw={draw!r} cannot be called. Give a function of the controls.')
     for name, c in controls.items():
         if not isinstance(c, widgets.Widget): raise TypeError(f'{name}={c!r} is no control. Give a widget, such as ipywidgets.IntSlider().')
@@ -46,6 +46,7 @@ def explorer(
             warnings.simplefilter('ignore'); warnings.simplefilter('always', UserWarning)   # ours
             try: picture = draw(**{name: c.value for name, c in controls.items()})
             except (ValueError, TypeError, MemoryError) as e: message.value = escape(str(e)); return
+        of_kind('what draw returns', picture, Image.Image, 'a PIL picture')
         scale = max(1, side//picture.height)    # whole pixels, so that it stays sharp
         picture.resize((picture.width*scale, picture.height*scale), Image.Resampling.NEAREST).save(file := BytesIO(), 'png')
         message.value, shown.value = '<br>'.join(dict.fromkeys(escape(str(r.message)) for r in remarks)), file.getvalue()

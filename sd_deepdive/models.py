@@ -65,14 +65,16 @@ def _from_file(file: Path, dtype: torch.dtype) -> StableDiffusionPipeline:
 
 # %% ../nbs/01_text_to_image.ipynb #e61a4d92
 def _check_weights(pipe: StableDiffusionPipeline, folder: Path) -> None:
-    "ValueError for a weight that no file of its part holds: the libraries leave it empty, or fill it with chance."
+    """ValueError for a weight that no file of its part holds, which the libraries leave empty or fill with chance; and for one
+    that the part has no place for, which they drop: the config is of another network, whose pictures are others."""
     for part in (part for part in WEIGHTED if part in PARTS):
         saved = set()
         for file in weight_files(folder/part):
             with safe_open(file, 'pt') as held: saved |= {name_today(key) for key in held.keys()}
-        missing = [key for key in getattr(pipe, part).state_dict() if name_today(key) not in saved and not key.endswith('position_ids')]
-        if missing:
-            raise ValueError(f'{part}: {missing[0]} is missing in the checkpoint. Do the weights and config.json belong together?')
+        wanted = {name_today(key) for key in getattr(pipe, part).state_dict()}
+        for what, keys in dict(missing=wanted - saved, unexpected=saved - wanted).items():
+            if keys := sorted(key for key in keys if not key.endswith('position_ids')):
+                raise ValueError(f'{part}: {keys[0]} is {what} in the checkpoint. Do the weights and config.json belong together?')
 
 # %% ../nbs/01_text_to_image.ipynb #dfe72e89
 def load_pipeline(

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
+from .checks import file_path
 
 # %% ../nbs/00_places.ipynb #c6f68b04
 def best_device() -> torch.device:
@@ -23,15 +24,19 @@ def best_device() -> torch.device:
     return torch.device('mps' if torch.backends.mps.is_available() else 'cpu')
 
 # %% ../nbs/00_places.ipynb #cc61a8cc
+def _named(device: object) -> torch.device:
+    "The device of a name. ValueError if there is no such name."
+    try: return torch.device(device) if isinstance(device, str | torch.device) else torch.device(str(device))
+    except (RuntimeError, ValueError):
+        raise ValueError(f'device={device!r} is not a device. Give "cpu", "cuda" or "mps".') from None
+
 def find_device(
     device: torch.device | str | None = None, # a name; default: the best there is
 ) -> torch.device:
     "The device asked for, or the best one. ValueError for an unknown name, or for a device that is not there."
     there = dict(cpu=True, cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available())
-    try: found = torch.device(best_device() if device is None else device)
-    except (RuntimeError, TypeError): found = None
-    if found is None or found.type not in there:
-        raise ValueError(f'device={device!r} is not a device. Give one of {", ".join(there)}.') from None
+    found = _named(best_device() if device is None else device)
+    if found.type not in there: raise ValueError(f'device={device!r} is not known here. Give one of {", ".join(there)}.')
     if not there[found.type] or found.type=='cuda' and (found.index or 0) >= torch.cuda.device_count(): raise ValueError(f'device={str(device)!r} is not available on this machine. Leave it out to take the best.')
     return found
 
@@ -40,7 +45,7 @@ def best_dtype(
     device: torch.device, # where the model computes
 ) -> torch.dtype:
     "Half precision on a CUDA GPU, single precision elsewhere."
-    return torch.float16 if torch.device(device).type=='cuda' else torch.float32
+    return torch.float16 if _named(device).type=='cuda' else torch.float32
 
 # %% ../nbs/00_places.ipynb #d9bc815e
 def find_dtype(
@@ -107,6 +112,22 @@ def _check_parts(folder: Path, parts: Sequence[str]):
             remedy = NO_PICKLES if set(PICKLE_SUFFIXES) & set(files) else 'Copy the folder again.'
             raise ValueError(f'{folder} has no weights of {part} as .safetensors. {remedy}')
 
+# %% ../nbs/00_places.ipynb #6a0e8f13
+def _check_configs(folder: Path, listed: dict):
+    "ValueError if the scheduler's config is of another class or lacks its betas, or a scaling factor is none."
+    file = folder/'scheduler'/'scheduler_config.json'
+    if not file.is_file(): raise ValueError(f'{file} is missing. Copy the folder again.')
+    config, kind = json.loads(file.read_text(encoding='utf-8')), listed.get('scheduler')
+    if isinstance(kind, list) and config.get('_class_name', kind[-1])!=kind[-1]:
+        raise ValueError(f'{file} says {config["_class_name"]!r}, model_index.json {kind[-1]!r}. Copy the folder again.')
+    if config.get('trained_betas') is None and (missing := [name for name in ('beta_start', 'beta_end', 'beta_schedule') if config.get(name) is None]):
+        raise ValueError(f'{file} lacks {", ".join(missing)}, the noise levels that the model was trained with. Copy the folder again.')
+    file = folder/'vae'/'config.json'
+    factor = json.loads(file.read_text(encoding='utf-8')).get('scaling_factor', 1) if file.is_file() else 1     # configs of 2022 have none
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0<factor<float('inf'):
+        raise ValueError(f'{file} has scaling_factor={factor!r}. It has to be a number above 0: copy the folder again.')
+
+
 # %% ../nbs/00_places.ipynb #d1387c3d
 def check_folder(
     folder: Path, # where `save_pretrained` wrote a pipeline
@@ -124,6 +145,7 @@ def check_folder(
     if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
     _check_parts(folder, parts)
     if 'tokenizer' in parts: _check_tokenizer(folder)
+    _check_configs(folder, listed)
     return folder
 
 # %% ../nbs/00_places.ipynb #6b0d4e3a
@@ -167,7 +189,7 @@ def find_model(
     parts: Sequence[str] | None = None,  # which parts a folder has to hold; default: all that it names
 ) -> Path | str:
     "The folder, file or hub id that a name stands for. ValueError for none of them, and for one that holds no pipeline."
-    if not isinstance(name, str | Path): raise TypeError(f'name={name!r} is not a name. Give a string or a path.')
+    file_path('name', name)
     if str(name)==EMBEDDED: return check_folder(embedded_folder(), parts)
     if str(name) and Path(name).is_dir(): return check_folder(Path(name), parts)
     if str(name) and Path(name).is_file(): return check_file(Path(name))

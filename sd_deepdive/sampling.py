@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from .checks import enough_memory, finite, pair_wishes, real_number, same_shape, side, tensor, whole_number, whole_numbers
 from .guidance import guide
+from .images import on_colour
 from .latents import decode, pil2latent
 from .parts import Parts, take_apart
 from .prediction import predict_x0
@@ -94,6 +95,9 @@ def read_texts(
 ) -> Tensor | dict:
     """The texts of the passes that g needs, one below the other. A UNet that can read them ahead, as the one of
     lesson 15 can, does so: its keys and values of the words are the same at every step."""
+    parts = take_apart(parts)
+    if guidance_scale is not None: real_number('guidance_scale', guidance_scale)
+    if uncond is not None and guidance_scale!=1: same_shape(uncond=uncond, text=text)
     texts = text if guidance_scale==1 else uncond if guidance_scale==0 else torch.cat([uncond, text])
     return parts.unet.read(texts) if hasattr(parts.unet, 'read') else texts
 
@@ -112,7 +116,7 @@ def ask_unet(
     else both at once. Ho and Salimans 2022, arXiv:2207.12598."""
     if words is None:
         parts = take_apart(parts)
-        if not isinstance(t, int | float): tensor('t', t)
+        real_number('t', t, 500., 0, 1e6) if not isinstance(t, Tensor) else tensor('t', t)
         _check(parts, x_t, text, uncond, guidance_scale, combine)
         words = read_texts(parts, text, uncond, guidance_scale)
     elif not isinstance(words, Tensor | dict if hasattr(parts.unet, 'read') else Tensor):
@@ -193,7 +197,7 @@ def _starts(init_img, factor: int) -> list:
         width, height = (max(factor, round(n/factor)*factor) for n in images[0].size)
         raise ValueError(f'init_img is {images[0].width} x {images[0].height}; its sides have to be multiples of {factor}. '
                          f'Use fit_picture(init_img, {width}, {height}).')
-    return images
+    return images if init_img is None else [on_colour(im, name='init_img') for im in images]
 
 # %% ../nbs/10_loop.ipynb #bd83e9c9
 def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g, steps) -> Iterator[Step]:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .checks import same_shape, whole_number
+from .places import find_device
 
 # %% ../nbs/08_noise_schedule.ipynb #8aaebc63
 def weights_at(
@@ -22,6 +23,7 @@ def weights_at(
     "How much picture and noise x_t holds: sqrt(alpha-bar), sqrt(1 - alpha-bar). TypeError or ValueError for a share that is not from 0 to 1."
     if not isinstance(like, Tensor) or not like.is_floating_point():
         raise TypeError(f'{getattr(like, "dtype", type(like).__name__)} is no kind of number for latents. Give floats.')
+    if isinstance(alpha_bar, bool | complex): raise TypeError(f'alpha_bar={alpha_bar!r} is not a number. Give one from 0 to 1.')
     try: share = torch.as_tensor(alpha_bar).cpu()    # a check on a GPU would wait for it, and a Mac's has no float64
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f'alpha_bar={alpha_bar!r} is not a number. Give one from 0 to 1.') from None
@@ -99,7 +101,7 @@ def set_timesteps(
     "Let a scheduler choose its times. TypeError or ValueError for a number of steps that it cannot walk."
     most = _config(scheduler).num_train_timesteps
     steps = whole_number(name, num_inference_steps, 1, most)
-    scheduler.set_timesteps(steps, device=device)
+    scheduler.set_timesteps(steps, device=find_device(device))
     first = scheduler.timesteps.max().item()
     if first>=most or first<most/4 or steps>10 and first<.75*most:
         raise ValueError(f'{name}={steps} would begin at time {first:.0f} of {most - 1}. '

@@ -175,6 +175,9 @@ def add_words(
 ) -> dict[str, int]:
     "Give a model new words; returns their ids. TypeError or ValueError, nothing changed, if one is unfit."
     tokenizer, text_encoder = _pair(model)
+    if not hasattr(tokenizer, 'add_tokens') or not hasattr(text_encoder, 'resize_token_embeddings'):
+        raise TypeError('model has a tokenizer or a text encoder written by hand, which takes no new words. '
+                        'Give what load_pipeline() or sd_deepdive.parts.load_parts() returns.')
     table = text_encoder.get_input_embeddings().weight
     if len(table)<len(tokenizer):
         raise ValueError(f'The table has {len(table)} rows for {len(tokenizer)} tokens. Load it again.')

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from PIL import Image
 from scipy.ndimage import gaussian_filter, label
-from ..checks import file_path, real_number, whole_file, whole_number, whole_numbers
+from ..checks import file_path, of_kind, real_number, whole_file, whole_number, whole_numbers
 from ..images import on_colour
 
 # %% ../../nbs/00_cells.ipynb #5e2c9898
@@ -88,7 +88,8 @@ def cell(
     or an unknown form."""
     if np.ndim(at)!=1 or len(at)!=2: raise ValueError(f'at={at!r} is no place. Give row and column.')
     if shape not in [*FORMS]: raise ValueError(f'shape={shape!r} is not known. Give one of {", ".join(FORMS)}.')
-    if real_number('radius', radius)<=0: raise ValueError(f'radius={radius}. Give a number above 0.')
+    real_number('radius', radius, 14., 1, SIDE); of_kind('dividing', dividing, bool, 'True or False')
+    of_kind('rng', rng, np.random.Generator, 'np.random.default_rng(0), say')
     y, x = np.mgrid[:SIDE, :SIDE] - np.reshape(at, (2, 1, 1))
     turn, (a, b) = rng.uniform(0, np.pi), FORMS[shape]
     u, v = (x*np.cos(turn) + y*np.sin(turn))/radius, (y*np.cos(turn) - x*np.sin(turn))/radius
@@ -108,7 +109,7 @@ def scatter(
 ) -> np.ndarray:
     """Centres (count, 2) at random, apart from each other and from the edge; nearer where there is no room.
     TypeError or ValueError for no number of cells, or no reach."""
-    whole_number('count', count, 1)
+    whole_number('count', count, 1, 100); of_kind('rng', rng, np.random.Generator, 'np.random.default_rng(0), say')
     if not 0 < real_number('reach', reach) < SIDE/2: raise ValueError(f'reach={reach}. Give a number between 0 and {SIDE//2}.')
     while True:
         for _ in range(200):

@@ -23,11 +23,13 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..checks import file_path, in_one_line, real_number, side, texts, whole_file, whole_number
+from ..checks import file_path, in_one_line, of_kind, real_number, side, texts, whole_file, whole_number
+from ..images import load_picture
 from ..latents import make_img
 from ..parts import Parts, take_apart
 from ..places import EMBEDDED
 from ..sampling import make_samples
+from ..schedule import begin
 from ..scratch.parts import load_parts
 from ..training.loop import accelerator, same_run
 
@@ -130,7 +132,8 @@ def picture_file(
     i: int,         # place in the list, from 0
 ) -> Path:
     "Where a picture goes. A thousand share a folder: some file systems are slow with more."
-    return folder/f'{i//1000:03d}'/f'{i:06d}.png'
+    whole_number('i', i, 0)
+    return file_path('folder', folder)/f'{i//1000:03d}'/f'{i:06d}.png'
 
 # %% ../../nbs/00_many_pictures.ipynb #c5d9e8b7
 def write_picture(
@@ -139,8 +142,9 @@ def write_picture(
     about: dict,          # what the picture is: names and values
 ) -> None:
     "Write a PNG with text fields, as a whole or not at all. OSError if it cannot be written."
-    info = PngInfo()
-    for name, value in about.items(): info.add_itxt(name, str(value))
+    of_kind('about', about, dict, 'texts by name')
+    image, info = load_picture(image), PngInfo()
+    for name, value in about.items(): info.add_itxt(str(name), str(value))
     with whole_file(file) as part: image.save(part, 'png', pnginfo=info)
 
 # %% ../../nbs/00_many_pictures.ipynb #a085ac74
@@ -166,6 +170,7 @@ def fingerprint(
     parts: Parts,   # of any model
 ) -> str:
     "Twelve hex digits from 64 numbers of each weight and the scheduler's config: another model has others."
+    parts = take_apart(parts)
     config = {k: v for k, v in parts.scheduler.config.items() if k[0]!='_'}     # no versions, and no lists in an order of chance
     digest = hashlib.sha256(repr(sorted(config.items())).encode())
     for network in (parts.text_encoder, parts.unet, parts.vae):
@@ -179,8 +184,9 @@ def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None
     "What all pictures of a run share. TypeError or ValueError for numbers that cannot be."
     sides = {name: side(name, parts.side if value is None else value, parts.factor)
              for name, value in dict(height=height, width=width).items()}
+    begin(parts.scheduler, steps, name='steps')     # refuses steps that cannot be walked
     return dict(model=str(model), fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
-                g=real_number('g', g), steps=whole_number('steps', steps, 1), **sides,
+                g=real_number('g', g), steps=int(steps), **sides,
                 dtype=str(parts.dtype).removeprefix('torch.'))
 
 # %% ../../nbs/00_many_pictures.ipynb #8e17b3c6

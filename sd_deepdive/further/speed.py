@@ -16,7 +16,7 @@ import time
 import torch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from ..checks import real_number, tensor, whole_number
+from ..checks import enough_memory, of_kind, real_number, tensor, text as check_text, whole_number
 from torch import Tensor
 from torch.nn import functional as F
 from torch.autograd.profiler import profile
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 from tqdm.auto import tqdm
 from typing import NamedTuple
+from ..places import find_device, find_dtype
 
 # %% ../../nbs/25_make_it_fast.ipynb #fc56ef0e
 def finish() -> None:
@@ -39,8 +40,9 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Seconds of each arm, round by round, after a call of each to warm up. ValueError for no arms or
     less than two rounds, TypeError for what is neither."""
-    whole_number('rounds', rounds, 2)
+    whole_number('rounds', rounds, 2, 10**6)
     if not isinstance(arms, Mapping): raise TypeError(f'arms is of type {type(arms).__name__}. Give functions by name.')
+    for call in arms.values(): of_kind('arms', call, Callable, 'functions by name')
     if not arms: raise ValueError('arms is empty: give at least one function, by its name.')
     for call in arms.values(): call()
     took = {name: [] for name in arms}
@@ -84,7 +86,7 @@ def kind_of(
     name: str,   # of an operation of PyTorch, such as 'addmm' or 'aten::addmm'
 ) -> str:
     "Which of `KINDS` it is, or 'overhead': it calls others, or makes another view of the same memory."
-    name = name.removeprefix('aten::')
+    name = check_text('name', name).removeprefix('aten::')
     return next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), OVERHEAD)
 
 # %% ../../nbs/25_make_it_fast.ipynb #71d4c9e0
@@ -163,7 +165,7 @@ def fastest(
     clock: Callable[[], float] = time.perf_counter,   # or time.process_time: one thread, a busy CPU
 ) -> float:
     "The least seconds of some tries: what is possible, not what is usual. TypeError or ValueError for less than two."
-    return min(in_turn({'it': call}, whole_number('tries', tries, 2), clock)['it'])
+    return min(in_turn({'it': call}, whole_number('tries', tries, 2, 10**6), clock)['it'])
 
 # %% ../../nbs/25_make_it_fast.ipynb #c3a90d1e
 def matmul_rate(
@@ -172,7 +174,8 @@ def matmul_rate(
     device: torch.device | str = 'cpu',   # where they are
 ) -> float:
     "FLOPs a second in a product of two square matrices."
-    a, b = (torch.randn(whole_number('side', side, 1), side, device=device).to(dtype) for _ in range(2))
+    side, device = whole_number('side', side, 1), find_device(device)
+    with enough_memory('side'): a, b = (torch.randn(side, side, device=device).to(find_dtype(dtype, device)) for _ in range(2))
     return 2*side**3/fastest(lambda: a@b)
 
 def memory_rate(
@@ -181,9 +184,9 @@ def memory_rate(
     device: torch.device | str = 'cpu',   # where it is
 ) -> float:
     "Bytes a second, read or written, when a vector is doubled into another."
-    if real_number('megabytes', megabytes) < 1e-3:
-        raise ValueError(f'megabytes={megabytes} is no vector to speak of. Give .001 or more.')
-    a = torch.ones(int(megabytes*1e6/dtype.itemsize), dtype=dtype, device=device)
+    device, size = find_device(device), 1e6*real_number('megabytes', megabytes, 64, .001)
+    dtype = find_dtype(dtype, device)
+    with enough_memory('megabytes'): a = torch.ones(int(size/dtype.itemsize), dtype=dtype, device=device)
     out = torch.empty_like(a)
     return 2*a.nbytes/fastest(lambda: torch.mul(a, 2, out=out))
 
@@ -223,6 +226,8 @@ def fit_preview(
     ValueError for pictures that do not belong to these latents."""
     if whole_number('size', size, 1, 3)==2: raise ValueError('size=2 has no middle. Give 1 or 3.')
     tensor('latents', latents, 'B C h w'); tensor('pixels', pixels, 'B 3 H W')
+    for name, x in dict(latents=latents, pixels=pixels).items():
+        if not (x.is_floating_point() and x.isfinite().all()): raise ValueError(f'{name} has {x.dtype} values, or some that are not finite. Give finite floats.')
     (n, _, h, w), (m, _, height, width) = latents.shape, pixels.shape
     if n!=m or height*w!=width*h:
         raise ValueError(f'latents {tuple(latents.shape)} do not fit pixels {tuple(pixels.shape)}. '
@@ -238,6 +243,7 @@ def preview(
 ) -> Tensor:
     "Pixels (B, 3, h, w), about -1 to 1, for `make_img`. ValueError for weights of other latents."
     tensor('latents', latents, 'B C h w'); tensor('weights', weights, '3 numbers')
+    if not latents.is_floating_point(): raise TypeError(f'latents holds {latents.dtype}. Give floats.')
     channels = latents.shape[1]
     size = {channels + 1: 1, 9*channels + 1: 3}.get(weights.shape[1])
     if size is None:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
+from ..places import find_device
 from .configs import FIELDS, WRITTEN, read_config, read_json
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -58,7 +59,7 @@ def read_weights(
 ) -> dict[str, Tensor]:
     """The tensors of a folder by today's names, each converted as it is read. ValueError if there
     are none, a file is damaged, or one weight is there twice, by an old name and by today's."""
-    weights, keys = {}, {}
+    weights, keys, device = {}, {}, find_device(device)
     for file in weight_files(folder):
         try:
             with safe_open(file, 'pt') as saved:

@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from fastcore.basics import AttrDict
 from pathlib import Path
-from ..checks import real_number, whole_number
+from ..checks import file_path, real_number, whole_number
 
 # %% ../../nbs/00_configs.ipynb #cdd9d151
 def read_json(
     file: Path,  # config.json, for instance
 ) -> dict:
     "What a file holds. ValueError names one that is missing, cut short or holds something else."
+    file = file_path('file', file)
     try:
         held = json.loads(file.read_text(encoding='utf-8'))
     except FileNotFoundError:
@@ -75,6 +76,8 @@ def check_sizes(
     for name in SHARES:
         if name in config and not 0<=config[name]<=1 or name!='eta' and config.get(name) in (0, 1):
             raise ValueError(f'{name}={config[name]} is no share. Give a number between 0 and 1.')
+    if config.get('scaling_factor', 1)<=0:
+        raise ValueError(f'scaling_factor={config["scaling_factor"]} is no factor. Give a number above 0.')
     if 'time_cond_proj_dim' in config and config['block_out_channels'][0]%2:
         raise ValueError(f'block_out_channels={config["block_out_channels"]} begins with an odd '
                          'width. Give an even one: half are cosines of the time, half sines.')

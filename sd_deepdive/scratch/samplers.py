@@ -27,14 +27,15 @@ from ..seeds import generators
 # %% ../../nbs/16_samplers_by_hand.ipynb #6c1f7d25
 def _check(*sigmas: float, **tensors: Tensor) -> None:
     "TypeError or ValueError for what is no noise level, or for tensors of several shapes."
+    if tensors:
+        same_shape(**tensors)
     for sigma in sigmas:
         if not isinstance(sigma, Tensor):
             real_number('sigma', sigma, 1., least=0)
         elif not (tensor('sigma', sigma).isfinite() & (sigma>=0)).all():
-            raise ValueError(f'sigma goes from {sigma.min()} to {sigma.max()}. Give levels of '
-                             'at least 0.')
-    if tensors:
-        same_shape(**tensors)
+            raise ValueError(f'sigma is from {sigma.min()} to {sigma.max()}. Give 0 or more.')
+        elif sigma.numel()!=1 and any(x.shape!=sigma.shape for x in tensors.values()):
+            raise ValueError(f'sigma has shape {tuple(sigma.shape)}. Give one level, or one for each.')
 
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #a90d1e37

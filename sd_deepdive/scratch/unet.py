@@ -15,7 +15,7 @@ from fastcore.basics import AttrDict, patch
 from itertools import pairwise, zip_longest
 from math import log
 from torch import Tensor, nn
-from ..checks import tensor
+from ..checks import tensor, whole_number
 from .autoencoder import Attention, Downsample, ResnetBlock, Sample, Upsample
 from .checkpoints import Network
 from .configs import refuse
@@ -28,7 +28,8 @@ def time_waves(
 ) -> Tensor:
     """Cosines and sines of times, frequencies from 1 down to nearly 1/10,000: (B, width), float32.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5."""
-    half = width//2
+    tensor('t', t, 'B')
+    half = whole_number('width', width, 2, 2**16)//2
     frequencies = torch.exp(-log(10_000)*torch.arange(half, device=t.device)/half)
     angles = t[:, None].float()*frequencies
     return torch.cat([angles.cos(), angles.sin()], 1)

@@ -14,11 +14,11 @@ import torch
 from collections.abc import Callable, Sequence
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import file_path, in_one_line, real_number, tensor, whole_file, whole_number
+from ..checks import file_path, in_one_line, of_kind, real_number, tensor, whole_file, whole_number
 from ..drawings import drawings
 from ..images import on_colour
 from ..latents import pil2latent
-from ..parts import Parts, load_parts
+from ..parts import Parts, load_parts, take_apart
 from ..text import text_enc
 from .clip import token_ids
 from .diffusion import noise_loss
@@ -99,6 +99,7 @@ def train_word(
 ) -> tuple[Tensor, list[float]]:
     """The vector (D,) with which the UNet best predicts the noise, and the losses. Text encoder and UNet are
     frozen. ValueError for a caption without the word. Gal et al. 2022, arXiv:2208.01618, eq. 2."""
+    parts, latents = take_apart(parts), tensor('latents', latents, 'N 4 h w').cpu().float()
     word, ids = NewWord(parts, token), token_ids(parts.tokenizer, captions)
     without = [text for text, row in zip(captions, ids) if word.id not in row]
     if without: raise ValueError(f'captions has {without[0]!r}, without {token}. Put it into each caption.')
@@ -106,7 +107,7 @@ def train_word(
     predict = noise_loss(parts.scheduler.alphas_cumprod)
     def loss(word, latents, ids, t, noise): return predict(parts.unet, latents, word(ids), t, noise)
     trainer = Trainer(word, steps, lr, seed=seed, warmup=1, decay=1., ema_decay=.9, weight_decay=0.)
-    losses = trainer.fit(picture_batches(latents.cpu(), batch, ids=ids), loss, report, every)
+    losses = trainer.fit(picture_batches(latents, batch, ids=ids), loss, report, every)
     with torch.no_grad(): word.table.weight[word.id] = word.vector
     return word.vector.detach(), losses
 
@@ -147,6 +148,7 @@ def lora_layers(
     network: nn.Module,   # has been through `add_lora`
 ) -> dict[str, LoRA]:
     "The layers with a change beside them, by name."
+    of_kind('network', network, nn.Module, 'a network, such as parts.unet')
     return {name: layer for name, layer in network.named_modules() if isinstance(layer, LoRA)}
 
 def add_lora(
@@ -157,7 +159,7 @@ def add_lora(
 ) -> int:
     """Put a change beside each of these layers and freeze all else; returns how many weights can be trained.
     ValueError if there are no such layers, or changes already."""
-    whole_number('rank', rank, 1); real_number('scale', scale)
+    whole_number('rank', rank, 1, 4096); real_number('scale', scale); of_kind('network', network, nn.Module, 'a network, such as parts.unet')
     ends, linear = tuple(names), [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     found = [name for name in linear if name.endswith(ends)]
     if lora_layers(network): raise ValueError('network has changes already. Use merge_lora first.')
@@ -177,11 +179,12 @@ def train_lora(
     seed: int = 0,             # of all that is random
 ) -> list[float]:
     "Train the changes of a UNet on a few pictures; returns the losses. ValueError if there are no changes."
+    parts, latents = take_apart(parts), tensor('latents', latents, 'N 4 h w').cpu().float()
     if not lora_layers(parts.unet): raise ValueError('parts.unet has no changes. Use add_lora first.')
     text = text_enc(parts, captions).cpu()
     trainer = Trainer(parts.unet, steps, lr, seed=seed, warmup=5, decay=.5, ema_decay=.9, weight_decay=0.)
     loss = noise_loss(parts.scheduler.alphas_cumprod)
-    return trainer.fit(picture_batches(latents.cpu(), batch, text=text), loss)
+    return trainer.fit(picture_batches(latents, batch, text=text), loss)
 
 # %% ../../nbs/22_training_a_new_word.ipynb #1179d511
 def set_scale(

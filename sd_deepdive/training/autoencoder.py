@@ -15,7 +15,7 @@ from collections.abc import Callable
 from diffusers import AutoencoderKL
 from fastcore.script import call_parse
 from pathlib import Path
-from ..checks import in_one_line, same_shape, tensor, whole_number
+from ..checks import in_one_line, of_kind, same_shape, tensor, whole_number
 from ..drawings import read_drawings
 from .data import compose, palette, placings, stack, styles
 from .loop import Trainer, accelerator, save_record, save_sheet
@@ -48,6 +48,7 @@ def edges(
     x: Tensor,   # (B, C, H, W)
 ) -> tuple[Tensor, Tensor]:
     "Differences between neighbours, downwards (B, C, H - 1, W) and to the right (B, C, H, W - 1)."
+    tensor('x', x, 'B C H W')
     return x.diff(dim=-2), x.diff(dim=-1)
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #4329a95a
@@ -66,7 +67,8 @@ def kl_divergence(
     mean: Tensor,     # of each latent, any shape
     logvar: Tensor,   # logarithm of its variance, the same shape
 ) -> Tensor:
-    "How far latents are from standard normal ones: the mean. Kingma and Welling 2013, appendix B."
+    "How far latents are from standard normal ones: the mean. ValueError for two shapes. Kingma and Welling 2013, appendix B."
+    same_shape(mean=mean, logvar=logvar)
     return (mean.square() + logvar.exp() - 1 - logvar).mean()/2
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #9df581b3
@@ -131,6 +133,7 @@ def round_trips(
     pixels: Tensor,       # (N, 3, H, W), -1 to 1
 ) -> Tensor:
     "Pixels encoded and decoded, the most likely latents between. Same shape. ValueError for another."
+    of_kind('vae', vae, nn.Module, 'an autoencoder, such as parts.vae')
     back = lambda part: vae.decode(vae.encode(part.to(next(vae.parameters()))).latent_dist.mode()).sample.to(part)
     return torch.cat([back(part) for part in _pictures(pixels)])
 
@@ -141,8 +144,9 @@ def latent_deviation(
 ) -> float:
     """The standard deviation of all latents of these pictures. One divided by it is the scaling factor.
     Rombach et al. 2022, arXiv:2112.10752, appendix G. ValueError for another shape."""
-    g = torch.Generator().manual_seed(0)
-    return torch.cat([vae.encode(part).latent_dist.sample(g) for part in _pictures(pixels)]).std().item()
+    of_kind('vae', vae, nn.Module, 'an autoencoder, such as parts.vae')
+    g, like = torch.Generator().manual_seed(0), next(vae.parameters())
+    return torch.cat([vae.encode(part.to(like)).latent_dist.sample(g) for part in _pictures(pixels)]).std().item()
 
 # %% ../../nbs/19_training_the_autoencoder.ipynb #49544c25
 def psnr_of(

@@ -22,8 +22,8 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from ..checks import in_one_line, tensor, texts as check_texts, whole_file, whole_number
-from ..drawings import Drawing, read_drawings
+from ..checks import in_one_line, of_kind, real_number, tensor, texts as check_texts, whole_file, whole_number
+from ..drawings import Drawing, check_drawings, read_drawings
 from ..models import quiet
 from ..places import embedded_folder
 from .data import BACKGROUNDS, caption, compose, palette, placings, stack, styles, things
@@ -116,6 +116,7 @@ def token_ids(
     texts: Sequence[str],       # one or more, in a list
 ) -> Tensor:
     "The ids of texts (B, 77), cut off and filled up. ValueError for no list of texts."
+    of_kind('tokenizer', tokenizer, Callable, 'parts.tokenizer, say')
     if isinstance(texts, str): raise ValueError(f'texts={texts!r} is not a list of texts. Give at least one, in a list.')
     texts = check_texts('texts', texts)
     return tokenizer([*texts], padding='max_length', truncation=True, return_tensors='pt').input_ids
@@ -126,7 +127,7 @@ def contrastive_loss(
 ) -> Tensor:
     """Each picture is to find its text, and each text its picture. ValueError for a table that is not square.
     Radford et al. 2021, arXiv:2103.00020, figure 3."""
-    if logits.ndim!=2 or len(logits)!=logits.shape[1]:
+    if len(tensor('logits', logits, 'B B'))!=logits.shape[1]:
         raise ValueError(f'logits has shape {tuple(logits.shape)}. Give as many pictures as texts, (B, B).')
     right = torch.arange(len(logits), device=logits.device)
     return (F.cross_entropy(logits.float(), right) + F.cross_entropy(logits.float().T, right))/2
@@ -137,6 +138,7 @@ def save_tower(
     path: Path,    # .safetensors
 ) -> None:
     "Everything but the text encoder, in half precision: picture tower, projection, temperature."
+    of_kind('model', model, Clip, 'a pair, such as load_clip()')
     rest = {name: w.half() for name, w in model.state_dict().items() if not name.startswith('text.')}
     with whole_file(path) as part: save_file(rest, part)
 
@@ -165,7 +167,7 @@ def shrunk(
     side: int,      # pixels
 ) -> Tensor:
     "The drawings at another size, bytes (N, 4, side, side). TypeError or ValueError for anything but drawings and a size."
-    tensor('rgba', rgba, 'N 4 H W'); whole_number('side', side, 1)
+    tensor('rgba', rgba, 'N 4 H W'); whole_number('side', side, 1, 4096)
     small = lambda part: F.interpolate(part.float(), size=(side, side), mode='area').round().byte()
     return torch.cat([small(part) for part in rgba.split(500)])
 
@@ -178,6 +180,9 @@ def clip_batches(
     favour: float = 1.,            # how much more often things of the list are drawn than others
 ) -> Callable:
     "`draw` for `Trainer.fit`: pictures, no one twice, each with one of its captions and a background."
+    drawings = check_drawings(drawings)
+    tensor('rgba', rgba, 'N 4 H W'); whole_number('batch', batch, 1); real_number('favour', favour, 1., 0)
+    of_kind('tokenizer', tokenizer, Callable, 'parts.tokenizer, say')
     if not 2 <= batch <= len(drawings)==len(rgba):
         raise ValueError(f'batch={batch}, {len(drawings)} drawings, {len(rgba)} in rgba: '
                          'give one of rgba for each drawing, and a batch from 2 to their number.')
@@ -223,6 +228,9 @@ def caption_hits(
     rgba: Tensor,                  # of the drawings (N, 4, H, W)
 ) -> tuple[list[bool], list[bool]]:
     "For each drawing: whether the caption nearest to it has its thing; and whether it is its own."
+    of_kind('model', model, Clip, 'a pair, such as load_clip()')
+    drawings = check_drawings(drawings)
+    tensor('rgba', rgba, f'{len(drawings)} 4 H W')
     ids = token_ids(tokenizer, [d.caption for d in drawings])
     device = next(model.parameters()).device
     white = [compose(part, torch.ones(len(part), 3)) for part in rgba.split(200)]
@@ -239,6 +247,9 @@ def clip_report(
     log: list | None = None,       # gets (step, four shares), if given
 ) -> Callable:
     "`report` for `Trainer.fit`: how many things and captions are found, of drawings seen and held out."
+    drawings = check_drawings(drawings)
+    of_kind('tokenizer', tokenizer, Callable, 'parts.tokenizer, say')
+    tensor('rgba', rgba, f'{len(drawings)} 4 H W')
     def share(hits, held):
         of = [hit for hit, d in zip(hits, drawings) if d.held_out==held]
         return sum(of)/max(1, len(of))
@@ -259,7 +270,9 @@ def clip_scores(
 ) -> Tensor:
     """How well each picture fits its caption: cosines (B,). ValueError unless there is one for each.
     Hessel et al. 2021, arXiv:2104.08718, section 3, without the factor."""
-    if isinstance(captions, str) or len(captions)!=len(pixels):
+    of_kind('model', model, Clip, 'a pair, such as load_clip()')
+    tensor('pixels', pixels, 'B 3 H W')
+    if not isinstance(captions, Sequence) or isinstance(captions, str) or len(captions)!=len(pixels):
         raise ValueError(f'{len(pixels)} pictures, captions={captions!r}. Give a list, one for each picture.')
     device = next(model.parameters()).device
     pictures = model.embed_picture(pixels.to(device, torch.float32).clamp(-1, 1))
@@ -286,6 +299,7 @@ def save_text(
     folder: Path,                  # gets both
 ) -> int:
     "Save a trained pair as `text_encoder` and `picture_tower.safetensors`. The number of token rows kept is returned."
+    of_kind('model', model, Clip, 'a pair, such as load_clip()')
     words = [' '.join([d.thing, d.style, *d.keywords]) for d in drawings]
     kept = zero_unused(model.text, tokenizer, [*words, *BACKGROUNDS, 'a an style emoji of on background ,'])
     model.text.save_pretrained(folder/'text_encoder')

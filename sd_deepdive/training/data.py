@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from collections.abc import Sequence
 from functools import cache
 import numpy as np
-from ..checks import real_number, tensor, whole_number
+from ..checks import of_kind, real_number, tensor, text as check_text, whole_number
 from ..drawings import Drawing, check_drawings
 from .sources import recipe, sources
 from torch import Tensor
@@ -27,14 +27,15 @@ def styles() -> tuple[str, ...]:
     return tuple(s['style'] for s in sources()['pictures'] if not s.get('kept_back'))
 
 @cache
+def _things() -> tuple[str, ...]: return tuple(recipe('things.txt').splitlines())
+
 def things(
     n: int | None = None,   # default: all
 ) -> tuple[str, ...]:
     "The first `n` things of the recipe, in the order of learning. ValueError for too many."
-    names = recipe('things.txt').splitlines()
-    if n is not None and not 1 <= n <= len(names):
-        raise ValueError(f'n={n}: there are {len(names)} things. Give a number from 1 to {len(names)}.')
-    return tuple(names[:n])
+    names = _things()
+    if n is not None: whole_number('n', n, 1, len(names))
+    return names[:n]
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #2d58be68
 def stack(
@@ -63,7 +64,7 @@ def palette() -> Tensor:
 def _check_shapes(rgba: Tensor, colours: Tensor, matrix: Tensor | None) -> None:
     "TypeError or ValueError if they are no tensors, or do not belong together."
     tensor('rgba', rgba); tensor('colours', colours)
-    if matrix is not None and not tensor('matrix', matrix).is_floating_point():
+    if matrix is not None and tensor('matrix', matrix).dtype!=torch.float32:
         raise TypeError(f'matrix holds {matrix.dtype}. Give float32 values, as placings does.')
     if rgba.ndim!=4 or rgba.shape[1]!=4 or rgba.dtype!=torch.uint8:
         raise ValueError(f'rgba has shape {tuple(rgba.shape)} and holds {rgba.dtype}. Give drawings as bytes (B, 4, H, W): stack makes them.')
@@ -124,8 +125,9 @@ def _check_placings(n: int, zoom: tuple[float, float], turn: float, shift: float
 def article(
     thing: str,   # its name
 ) -> str:
-    "The thing with a or an before it."
-    return f'an {thing}' if thing[0] in 'aeiou' else f'a {thing}'
+    "The thing with a or an before it. TypeError for no text."
+    check_text('thing', thing)
+    return f'an {thing}' if thing[:1] in 'aeiou' else f'a {thing}'
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #6836a052
 def ways(
@@ -133,6 +135,7 @@ def ways(
     keyword: str | None = None,   # one of its keywords
 ) -> dict[str, int]:
     "The ways to name a drawing, and how often each is taken. The background is not in them."
+    of_kind('drawing', drawing, Drawing, 'one of drawings()')
     thing, style = drawing.thing, drawing.style
     said = {f'{thing}, {style} style': 34, f'{article(thing)}, {style} style': 20,
             article(thing): 8, thing: 4, f'a {style} emoji of {article(thing)}': 10,
@@ -148,6 +151,7 @@ def caption(
     "One of the ways to name a picture, its background said unless white. ValueError for an unknown one."
     if background not in BACKGROUNDS:
         raise ValueError(f'background={background!r} is not known. Give one of: {", ".join(BACKGROUNDS)}.')
+    of_kind('drawing', drawing, Drawing, 'one of drawings()'); of_kind('rng', rng, random.Random, 'random.Random(0), say')
     said = ways(drawing, rng.choice(drawing.keywords) if drawing.keywords else None)
     words = rng.choices([*said], [*said.values()])[0]
     silent = background=='white' and rng.random() < .85
@@ -170,6 +174,7 @@ def distances(
 ) -> Tensor:
     "Mean squared difference (N, N) of drawings from drawings, on white, at 16 x 16 pixels of 0 to 1."
     x = _small(tensor('rgba', rgba, 'N 4 H W'))
+    if matrix is not None: tensor('matrix', matrix, f'{len(rgba)} 2 3')
     return torch.cdist(x, x if matrix is None else _small(rgba, matrix)).square()/x.shape[1]
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #faa77ed0

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from fastcore.script import call_parse
 from functools import lru_cache
 from pathlib import Path
-from ..checks import file_path, in_one_line, tensor, whole_number, whole_numbers
+from ..checks import file_path, in_one_line, real_number, tensor, whole_number, whole_numbers
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts, take_apart
 from ..sampling import make_samples
@@ -91,7 +91,7 @@ def prepare(
     "Encode drawings and captions once and for all: the autoencoder and the text encoder stay as they are."
     parts, drawings = take_apart(parts), check_drawings(drawings)
     if not drawings: raise ValueError('drawings is empty: give at least one.')
-    for name, value, least in (('white', white, 1), ('captions', captions, 1), ('seed', seed, 0)): whole_number(name, value, least)
+    for name, value, least in (('white', white, 1), ('captions', captions, 1), ('seed', seed, 0)): whole_number(name, value, least, 10_000)
     g, rng, latents, states, texts = torch.Generator().manual_seed(seed), random.Random(seed), [], [], []
     for d in tqdm(drawings, desc='preparing', delay=20, mininterval=5):
         tinted = backgrounds_for(d.style)[1:]
@@ -173,6 +173,7 @@ def losses_at(
     "The plain loss at each time, on the same pictures with the same noise. TypeError or ValueError for other shapes."
     tensor('latents', latents, 'N 4 h w'); tensor('alphas_cumprod', alphas_cumprod, 'times')
     tensor('text', text, f'{len(latents)} tokens' + ' D'*(getattr(text, 'ndim', 3)!=2))
+    if text.ndim==3 and not text.is_floating_point(): raise TypeError(f'text holds {text.dtype}. Give hidden states (N, 77, D), or ids (N, 77).')
     times, seed = whole_numbers('times', times, 0, len(alphas_cumprod) - 1), whole_number('seed', seed, 0, 2**64 - 1)
     if not callable(getattr(unet, 'parameters', None)): raise TypeError(f'unet is of type {type(unet).__name__}. Give a network that predicts noise.')
     device = next(unet.parameters()).device
@@ -212,7 +213,7 @@ def min_snr(
     gamma: float = 5.,   # the ratio of signal to noise above which a time counts less
 ) -> Callable:
     "Weights of times for `noise_loss`: min(SNR, gamma)/SNR. Hang et al. 2023, arXiv:2303.09556, section 3.4."
-    if not gamma > 0: raise ValueError(f'gamma={gamma}: give a number above 0, such as 5.')
+    if real_number('gamma', gamma, 5.) <= 0: raise ValueError(f'gamma={gamma}: give a number above 0, such as 5.')
     return lambda alpha_bar: (gamma*(1 - alpha_bar)/alpha_bar).clamp(max=1.)
 
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #aac0577b

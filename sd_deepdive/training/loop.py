@@ -21,7 +21,7 @@ from fastcore.basics import patch, store_attr
 from pathlib import Path
 from pickle import UnpicklingError
 import torch
-from ..checks import file_path, real_number, tensor, whole_file, whole_number
+from ..checks import file_path, of_kind, real_number, tensor, whole_file, whole_number
 from ..images import image_grid
 from ..latents import make_img
 from torch import Tensor, nn
@@ -89,6 +89,7 @@ def save_whole(
     state: dict,   # what `torch.load(path, weights_only=True)` can read again
 ) -> None:
     "Write a file as a whole or not at all. OSError if it cannot be written."
+    of_kind('state', state, dict, 'values by name')
     with whole_file(path) as part: torch.save(state, part)
 
 def save_record(
@@ -127,7 +128,7 @@ def same_run(
     if not isinstance(settings, dict): raise TypeError(f'settings={settings!r} is no dictionary. Give values by name.')
     if not record.exists(): return save_record(record, **settings)
     try: kept = dict(json.loads(record.read_text()))
-    except (ValueError, TypeError): raise ValueError(f'{record} is damaged. Give another folder.') from None
+    except (ValueError, TypeError, OSError): raise ValueError(f'{record} is damaged. Give another folder.') from None
     if differ := [f'{k}={kept.get(k)!r}, wanted is {v!r}' for k, v in settings.items() if kept.get(k)!=v]:
         raise ValueError(f'{record.parent} holds another run: {"; ".join(differ)}. '
                          'Give another folder, or the settings of that run.')

@@ -73,7 +73,7 @@ def nearest(
     known: Tensor,   # features of real drawings (N, width)
 ) -> tuple[list[int], list[float]]:
     "For each picture, which drawing is nearest, and the cosine between the two."
-    tensor('made', made, 'M width'); tensor('known', known, f'N {made.shape[1]}')
+    tensor('made', made, 'M width'); tensor('known', known, f'N {made.shape[1]}', like=made)
     cosine, which = (made @ known.T).max(1)
     return which.tolist(), cosine.tolist()
 
