@@ -116,8 +116,9 @@ def ask_unet(
     else both at once. Ho and Salimans 2022, arXiv:2207.12598."""
     if words is None:
         parts = take_apart(parts)
-        real_number('t', t, 500., 0, 1e6) if not isinstance(t, Tensor) else tensor('t', t)
         _check(parts, x_t, text, uncond, guidance_scale, combine)
+        if not isinstance(t, Tensor): real_number('t', t, 500., 0, 1e6)
+        elif t.numel() not in (1, len(x_t)): raise ValueError(f't has shape {tuple(t.shape)}. Give one time, or one for each picture.')
         words = read_texts(parts, text, uncond, guidance_scale)
     elif not isinstance(words, Tensor | dict if hasattr(parts.unet, 'read') else Tensor):
         raise TypeError(f'words is of type {type(words).__name__}. Give what read_texts made for this UNet, or leave it out.')

@@ -149,6 +149,7 @@ def some_cells(
     rng: np.random.Generator,   # of all choices
 ) -> Cells:
     "One to four cells at random: a third of the pictures with long ones; in half of the others one divides."
+    of_kind('rng', rng, np.random.Generator, 'np.random.default_rng(0), say')
     shape = str(rng.choice(['round', 'round', 'long']))
     dividing = shape=='round' and rng.random() < .5
     return Cells(int(rng.integers(1, 5)), shape, str(rng.choice([*STAINS])), bool(dividing))

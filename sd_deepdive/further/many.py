@@ -153,6 +153,8 @@ def is_drawn(
     about: dict,   # as it was given to `write_picture`
 ) -> bool:
     "Whether a picture is there and whole. ValueError if it is one of another wish."
+    file = file_path('file', file)
+    of_kind('about', about, dict, 'texts by name')
     try:
         with Image.open(file) as image:
             said = {name: image.info.get(name) for name in about}
@@ -242,6 +244,7 @@ def draw_many(
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
     parts, acc, folder, wishes = take_apart(parts), acc or accelerator(), file_path('folder', folder), list(wishes)
+    of_kind('acc', acc, Accelerator, 'accelerator(), or leave it out')
     if not wishes: raise ValueError('wishes is empty: give at least one.')
     if wrong := [w for w in wishes if not isinstance(w, Wish)]:
         raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')

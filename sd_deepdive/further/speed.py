@@ -156,6 +156,7 @@ def flops(
     ops: Iterable[Operation],   # from `operations`
 ) -> int:
     "All floating point operations, additions and multiplications counted one by one."
+    ops = [of_kind('ops', op, Operation, 'what operations() found') for op in ops]
     return sum(op.flops for op in ops)
 
 # %% ../../nbs/25_make_it_fast.ipynb #f07fc5e5
@@ -203,6 +204,8 @@ def least_seconds(
 ) -> float:
     """A lower bound: no operation is faster than its FLOPs, or than its bytes, allow. With a `dispatch`, which is measured, an estimate.
     The roofline of Williams, Waterman and Patterson 2009, operation by operation. ValueError for rates of 0."""
+    of_kind('machine', machine, Machine, 'a Machine')
+    ops = [of_kind('ops', op, Operation, 'what operations() found') for op in ops]
     if not min(machine.flops, machine.bytes) > 0:
         raise ValueError(f'{machine} does nothing. Give rates above 0.')
     return sum(max(op.flops/machine.flops, op.bytes/machine.bytes) + machine.dispatch for op in ops)

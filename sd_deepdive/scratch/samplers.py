@@ -155,7 +155,7 @@ def dpm_step(
     """Towards the picture that the last two foretell.
     Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095, algorithm 2."""
     _check_past(2, x0s, x, sigmas)
-    _check(sigma_next)
+    _check(sigma_next, x=x)
     x0 = x0s[0]
     if len(x0s)==2 and sigma_next>0:
         step, before = np.log(sigmas[0]/sigma_next), np.log(sigmas[1]/sigmas[0])

@@ -125,7 +125,7 @@ def train_course_word(
     vector, losses = train_word(parts, TOKEN, pil2latent(parts, images), captions, steps)
     told = '; '.join(f'"{text}"' for text in captions)
     about = f'{steps} steps from {START!r}, on five held-out drawings on {COLOUR}: {told}.'
-    save_words(file or course_words(), {TOKEN: vector}, dict(about=f'{about} For the embedded model.'))
+    save_words(course_words() if file is None else file, {TOKEN: vector}, dict(about=f'{about} For the embedded model.'))
 
 # %% ../../nbs/22_training_a_new_word.ipynb #8dde3380
 class LoRA(nn.Module):
@@ -159,7 +159,7 @@ def add_lora(
 ) -> int:
     """Put a change beside each of these layers and freeze all else; returns how many weights can be trained.
     ValueError if there are no such layers, or changes already."""
-    whole_number('rank', rank, 1, 4096); real_number('scale', scale); of_kind('network', network, nn.Module, 'a network, such as parts.unet')
+    whole_number('rank', rank, 1, 4096); scale = real_number('scale', scale); of_kind('network', network, nn.Module, 'a network, such as parts.unet')
     ends, linear = tuple(names), [n for n, layer in network.named_modules() if isinstance(layer, nn.Linear)]
     found = [name for name in linear if name.endswith(ends)]
     if lora_layers(network): raise ValueError('network has changes already. Use merge_lora first.')
@@ -192,7 +192,7 @@ def set_scale(
     scale: float,         # 0: as if there were no changes
 ) -> None:
     "Turn the changes up or down. ValueError if there is none."
-    real_number('scale', scale)
+    scale = real_number('scale', scale)
     if not (layers := lora_layers(network)): raise ValueError('network has no changes. Use add_lora first.')
     for layer in layers.values(): layer.scale = scale
 

@@ -206,6 +206,7 @@ def seen(
 ) -> Tensor:
     "What the picture tower sees in training: pixels (B, 3, H, W), -1 to 1."
     pixels = compose(rgba, colours, matrix)
+    tensor('blur', blur, f'{len(pixels)}', like=pixels)
     soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
     return torch.lerp(pixels, soft, blur[:, None, None, None])
 
@@ -286,6 +287,8 @@ def zero_unused(
     texts: Sequence[str],       # every caption, or their words
 ) -> int:
     "Set the rows of words that no text uses, never trained, to zero. The number of rows kept is returned."
+    of_kind('text', text, nn.Module, 'a text encoder, such as load_clip().text')
+    texts = check_texts('texts', texts)
     used = {i for ids in tokenizer([*texts]).input_ids for i in ids}
     table = text.get_input_embeddings().weight
     table[[i for i in range(len(table)) if i not in used]] = 0

@@ -69,8 +69,8 @@ def _check_shapes(rgba: Tensor, colours: Tensor, matrix: Tensor | None) -> None:
     if rgba.ndim!=4 or rgba.shape[1]!=4 or rgba.dtype!=torch.uint8:
         raise ValueError(f'rgba has shape {tuple(rgba.shape)} and holds {rgba.dtype}. Give drawings as bytes (B, 4, H, W): stack makes them.')
     n = len(rgba)
-    if colours.shape!=(n, 3):
-        raise ValueError(f'colours has shape {tuple(colours.shape)}. Give ({n}, 3), one for each drawing.')
+    if colours.shape!=(n, 3) or colours.dtype!=torch.float32:
+        raise ValueError(f'colours has shape {tuple(colours.shape)} and holds {colours.dtype}. Give float32 values ({n}, 3), one for each drawing.')
     if matrix is not None and matrix.shape!=(n, 2, 3):
         raise ValueError(f'matrix has shape {tuple(matrix.shape)}. Give ({n}, 2, 3), one for each drawing.')
 

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from fastcore.script import call_parse
 from functools import lru_cache
 from pathlib import Path
-from ..checks import file_path, in_one_line, real_number, tensor, whole_number, whole_numbers
+from ..checks import file_path, in_one_line, of_kind, real_number, tensor, texts as check_texts, whole_number, whole_numbers
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts, take_apart
 from ..sampling import make_samples
@@ -75,6 +75,8 @@ def placed_latents(
     g: torch.Generator,     # of the places
 ) -> Tensor:
     "One drawing, each time a little elsewhere: latents (len(names), 4, h, w), scaled, half precision."
+    parts, names = take_apart(parts), check_texts('names', names)
+    of_kind('drawing', drawing, Drawing, 'one of drawings()')
     colours = torch.stack([*map(dict(zip(BACKGROUNDS, palette())).get, names)])
     rgba = stack([drawing]).expand(len(names), -1, -1, -1)
     pixels = compose(rgba, colours, placings(g, len(names), zoom=(.94, 1.04), shift=.03)).to(parts.device)
@@ -126,6 +128,7 @@ def diffusion_batches(
     times: int = 1000,                   # how many the noise schedule has
 ) -> Callable:
     "`draw` for `Trainer.fit`: latents, states of a caption, a time, noise. ValueError without drawings."
+    of_kind('ready', ready, Prepared, 'what prepare returns')
     showing = lambda n: torch.tensor([i for i, d in enumerate(ready.drawings) if d.thing in things(n)])
     groups = {n: showing(n) for n, _ in stages}
     if empty := [n for n, group in groups.items() if not len(group)]:
@@ -189,6 +192,8 @@ def examples(
     n: int = 64,            # how many
 ) -> tuple[Tensor, Tensor]:
     "The first latents and states of drawings, n in all, spread evenly; several times if there are fewer."
+    of_kind('ready', ready, Prepared, 'what prepare returns')
+    among, n = whole_numbers('among', among, 0, len(ready.drawings) - 1), whole_number('n', n, 1, 10**6)
     pick = torch.tensor([*among])[torch.arange(n)*len(among)//n]
     return ready.latents[pick, 0], ready.states[pick, 0]
 
@@ -201,6 +206,8 @@ def caption_gap(
     n: int = 64,              # pictures at each time
 ) -> list[float]:
     "By what part the right caption lowers the loss against a wrong one. ValueError for a single drawing."
+    of_kind('ready', ready, Prepared, 'what prepare returns')
+    among, n = whole_numbers('among', among, 0, len(ready.drawings) - 1), whole_number('n', n, 1, 10**6)
     if len(among) < 2:
         raise ValueError(f'among={[*among]}: a wrong caption needs a second drawing. Give two or more.')
     latents, text = examples(ready, among, n)

@@ -54,6 +54,7 @@ def share(
     acc: Accelerator,           # which process this is, of how many
 ) -> dict[str, Tensor]:
     "This process' part of a batch: with two processes, every other row."
+    of_kind('batch', batch, dict, 'tensors by name'); of_kind('acc', acc, Accelerator, 'accelerator()')
     mine = slice(acc.process_index, None, acc.num_processes)
     return {name: t[mine] for name, t in batch.items()}
 
@@ -227,6 +228,7 @@ def fit(self: Trainer,
     every: int = 500,                 # steps between checkpoints, and between reports
 ) -> list[float]:
     "Train to the last step, from the checkpoint if there is one. The loss of each step is returned."
+    whole_number('every', every, 1)
     self.load()
     self.ema.to(self.device)
     self.trained, self.prepared = self.acc.prepare(self.model, self.optimizer, device_placement=[False]*2)    # it is in its place

@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from ..checks import in_one_line, tensor
+from ..checks import in_one_line, of_kind, tensor, whole_number
 from scipy.linalg import eigvals
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts
@@ -29,7 +29,7 @@ from .autoencoder import psnr_of, round_trips
 from .clip import PictureTower
 from .data import compose, stack, styles, things
 from .loop import save_record
-from torch import Tensor
+from torch import Tensor, nn
 
 # %% ../../nbs/00_quality.ipynb #e58b6b05
 def load_judge(
@@ -54,8 +54,7 @@ def features(
     pixels: Tensor,        # (N, 3, H, W), -1 to 1
 ) -> Tensor:
     "What the judge sees in each picture: unit vectors (N, width). ValueError for anything but pictures."
-    if pixels.ndim!=4 or pixels.shape[1]!=3 or not len(pixels):
-        raise ValueError(f'pixels has shape {tuple(pixels.shape)}. Give pictures, (N, 3, height, width).')
+    tensor('pixels', pixels, 'N 3 H W'); of_kind('judge', judge, nn.Module, 'load_judge(), say')
     with torch.no_grad(): return torch.cat([F.normalize(judge(part), dim=-1) for part in pixels.to(next(judge.parameters())).split(200)])
 
 # %% ../../nbs/00_quality.ipynb #a97d26a8
@@ -85,8 +84,8 @@ def named_right(
     drawings: Sequence[Drawing],  # these
 ) -> dict[str, float]:
     "Of how many the nearest real drawing has the right thing, and of how many the right style: parts of 1."
-    if len(made)!=len(wanted):
-        raise ValueError(f'made has {len(made)} pictures, wanted {len(wanted)}. Give one wish for each.')
+    wanted, drawings = check_drawings(wanted), check_drawings(drawings)
+    tensor('made', made, f'{len(wanted)} width'); tensor('known', known, f'{len(drawings)} width')
     pairs = [(drawings[i], wish) for i, wish in zip(nearest(made, known)[0], wanted)]
     right = lambda key: sum(getattr(a, key)==getattr(b, key) for a, b in pairs)/len(pairs)
     return dict(thing=right('thing'), style=right('style'))
@@ -120,7 +119,9 @@ def resampled(
     seed: int = 0,       # of the samples
 ) -> tuple[float, float]:
     "Mean and standard deviation of a measure over samples drawn with replacement. Efron 1979, the bootstrap."
-    if times < 2: raise ValueError(f'times={times}: a deviation needs 2 or more.')
+    of_kind('measure', measure, Callable, 'a function of two sets of features')
+    whole_number('times', times, 2, 10**6); whole_number('seed', seed, 0, 2**63)
+    tensor('a', a, 'M width'); tensor('b', b, 'N width')
     g = torch.Generator().manual_seed(seed)
     draw = lambda x: x[torch.randint(len(x), (len(x),), generator=g)]
     values = torch.tensor([measure(draw(a), draw(b)) for _ in range(times)])
@@ -135,6 +136,8 @@ def quality_rows(
     drawings: Sequence[Drawing],   # among which the judge finds the nearest
 ) -> list[list]:
     "Three rows, [name, thing, style]: what is drawn, and between which bounds that lies."
+    wanted, drawings = check_drawings(wanted), check_drawings(drawings)
+    for name, x in dict(made=made, back=back).items(): tensor(name, x, f'{len(wanted)} 3 H W')
     known = features(judge, on_white(drawings))
     drawn, returned = (features(judge, x.clamp(-1, 1)) for x in (made, back))
     right = lambda x: [*named_right(x, wanted, known, drawings).values()]
