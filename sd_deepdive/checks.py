@@ -121,8 +121,8 @@ def tensor(
     give = f'Give a tensor ({", ".join(wanted)})' if wanted else 'Give a tensor'
     if not isinstance(value, Tensor): raise TypeError(f'{name} is of type {type(value).__name__}. {give}.')
     if value.dtype is torch.bool: raise TypeError(f'{name} holds true and false. {give} of numbers.')
-    if value.is_complex() or value.is_meta or value.layout is not torch.strided:
-        raise TypeError(f'{name} is {value.dtype}, {value.layout} on {value.device}. {give} of real numbers, dense, with its values.')
+    odd = 'complex' if value.is_complex() else 'on the device meta, without values' if value.is_meta else value.layout
+    if odd is not torch.strided: raise TypeError(f'{name} is {odd}. {give} of real numbers.')
     fits = len(wanted)==value.ndim and all(not w.isdecimal() or int(w)==n for w, n in zip(wanted, value.shape))
     if wanted and not fits or not value.numel():
         raise ValueError(f'{name} has shape {tuple(value.shape)}. {give}{"" if wanted else " that holds something"}.')

@@ -49,13 +49,14 @@ def load_picture(
 def check_area(
     width: int,    # pixels
     height: int,   # likewise
+    lower: str = 'one of the two',   # what to change when it is too large
 ) -> None:
     "ValueError if a picture to be made has more pixels than PIL.Image.MAX_IMAGE_PIXELS, which PIL would warn of."
     whole_number('width', width, 1); whole_number('height', height, 1)
     most = Image.MAX_IMAGE_PIXELS
     if most and width*height>most:
         raise ValueError(f'A picture of width={width}, height={height} has more than the {most/1e6:.0f} million pixels of '
-                         'PIL.Image.MAX_IMAGE_PIXELS. Lower one of the two, or raise that limit.')
+                         f'PIL.Image.MAX_IMAGE_PIXELS. Lower {lower}, or raise that limit.')
 
 def check_colour(
     name: str,       # of the argument
@@ -125,13 +126,13 @@ def image_grid(
     background: str = 'white',     # colour of gaps and empty places
 ) -> Image.Image:
     "Pictures pasted row by row, not resampled. ValueError for none, for two sizes, for too small a grid."
-    images = _checked(images); rows, cols = _shape(len(images), rows, cols); whole_number('gap', gap, 0)
+    images = _checked(images); rows, cols = _shape(len(images), rows, cols); whole_number('gap', gap, 0, 1000)
     check_colour('background', background)
     (w, h), sizes = images[0].size, {im.size for im in images}
     if len(sizes)>1:
         raise ValueError(f'images have {len(sizes)} sizes, {sorted(sizes)}: resize them, or use show_images.')
     size = cols*(w+gap)-gap, rows*(h+gap)-gap
-    check_area(*size)
+    check_area(*size, 'rows, cols or gap, or give smaller pictures')
     grid = Image.new('RGB', size, background)
     for i, im in enumerate(images):
         grid.paste(on_colour(im, background), (i%cols*(w+gap), i//cols*(h+gap)))
@@ -152,12 +153,12 @@ def show_images(
     titles = None if titles is None else [*titles]
     if titles is not None and len(titles)!=len(images):
         raise ValueError(f'titles has {len(titles)} entries for {len(images)} pictures: give one for each.')
-    whole_number('scale', scale, 1)
+    whole_number('scale', scale, 1, 100)
     side, dpi, gap = max(max(im.size) for im in images)*scale, 100, 8
     titles = [fill(str(t), max(8, side//8)) for t in titles or []]   # a letter is up to 8 pixels wide, a line 16 high
     top = max([12 + 16*len(t.splitlines()) for t in titles], default=0)
     width, height = cols*(side+gap)-gap, rows*(side+top+gap)-gap
-    check_area(width, height)
+    check_area(width, height, 'rows, cols or scale, or give smaller pictures')
     fig = Figure(figsize=(width/dpi, height/dpi), dpi=dpi)
     for i, im in enumerate(images):
         x, y = i%cols*(side+gap), height - i//cols*(side+top+gap) - top - side
@@ -212,11 +213,11 @@ def film(
     scale: int = 1,                # screen pixels for each pixel
 ) -> Shown:
     "A moving picture (animated PNG) to show in a notebook. ValueError for no frames, or for frames of two sizes."
-    frames = [on_colour(f) for f in _checked(frames, 'frames')]; whole_number('scale', scale, 1)
+    frames = [on_colour(f) for f in _checked(frames, 'frames')]; whole_number('scale', scale, 1, 100)
     for name, value in dict(seconds=seconds, hold=hold).items():
         real_number(name, value, .5, 0, 3600)      # seconds
     if len({f.size for f in frames})>1: raise ValueError('frames have several sizes: give pictures of one size.')
-    check_area(frames[0].width*scale, frames[0].height*scale)
+    check_area(frames[0].width*scale, frames[0].height*scale, 'scale')
     if scale>1: frames = [f.resize((f.width*scale, f.height*scale), Image.Resampling.NEAREST) for f in frames]
     durations = [1000*seconds]*(len(frames)-1) + [1000*hold]
     frames[0].save(file := BytesIO(), 'png', save_all=True, append_images=frames[1:], duration=durations, loop=0)

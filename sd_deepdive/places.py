@@ -189,6 +189,7 @@ def find_model(
     parts: Sequence[str] | None = None,  # which parts a folder has to hold; default: all that it names
 ) -> Path | str:
     "The folder, file or hub id that a name stands for. ValueError for none of them, and for one that holds no pipeline."
+    if not isinstance(name, str | Path): raise TypeError(f'name={name!r} is not a name. Give a string or a path.')
     file_path('name', name)
     if str(name)==EMBEDDED: return check_folder(embedded_folder(), parts)
     if str(name) and Path(name).is_dir(): return check_folder(Path(name), parts)

@@ -24,16 +24,16 @@ import torch
 from conftest import CFG, ROOT, Evil, command, python, untrained
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sd_deepdive import explore
 from sd_deepdive.drawings import drawings, read_drawings
 from sd_deepdive.further.cells import Cells, cells_of, patient, write_cells
 from sd_deepdive.further.inside import Look, unet_by_hand
-from sd_deepdive.further.many import draw_file, number_wishes, read_wishes, write_picture
-from sd_deepdive.further.own_pictures import fine_tune, read_captions, save_model
+from sd_deepdive.further.many import draw_file, draw_many, number_wishes, read_wishes, write_picture
+from sd_deepdive.further.own_pictures import fine_tune, own_pictures, read_captions, save_model
 from sd_deepdive.further.speed import Machine, Operation
-from sd_deepdive.further.steering import KeepText, parse_weights
+from sd_deepdive.further.steering import KeepText, inpaint, parse_weights
 from sd_deepdive.images import fit_picture, load_picture
 from sd_deepdive.img2img import fetch_picture, image_to_image
 from sd_deepdive.models import load_pipeline, text_to_image
@@ -44,6 +44,7 @@ from sd_deepdive.schedulers import with_scheduler
 from sd_deepdive.scratch.autoencoder import Attention, Autoencoder
 from sd_deepdive.scratch.checkpoints import read_weights, unfilled
 from sd_deepdive.scratch.configs import FIELDS
+from sd_deepdive.scratch.parts import load_parts as load_by_hand
 from sd_deepdive.scratch.samplers import Euler
 from sd_deepdive.scratch.text_encoder import TextEncoder
 from sd_deepdive.scratch.tokenizer import Tokenizer
@@ -219,6 +220,60 @@ def test_by_its_own_name(parts, wish, words):
     kind = TypeError if 'prompts' in wish else ValueError
     said = plain(lambda: make_samples(parts, **dict(prompts='a bell') | wish), words, kind=kind)
     assert said.startswith(words)
+
+
+@pytest.mark.parametrize('wish', [dict(steps=0), dict(steps=2000), dict(g='3'), dict(width=30), dict(batch_size=0)], ids=str)
+def test_refused_run_claims_nothing(tmp_path, parts, wish):
+    "What is refused leaves no folder behind that then holds the run of other settings."
+    plain(lambda: draw_many(parts, number_wishes('a bell'), tmp_path/'run', **wish), *wish, kind=(ValueError, TypeError))
+    assert not (tmp_path/'run').exists()
+
+
+@pytest.mark.parametrize('wish', [dict(steps=0), dict(batch=0), dict(lr=0.), dict(lr=math.nan), dict(rank=-1), dict(every=0), dict(share=2.)], ids=str)
+def test_refused_training_claims_nothing(tmp_path, wish):
+    "The same for a model of one's own."
+    write_cells(tmp_path/'cells', range(3), each=1)
+    plain(lambda: own_pictures(tmp_path/'cells', out=tmp_path/'own', **wish), *wish, kind=(ValueError, TypeError))
+    assert not (tmp_path/'own').exists()
+
+
+SPOILED = [('scheduler/scheduler_config.json', dict(beta_start=None)), ('scheduler/scheduler_config.json', dict(_class_name='Foo')), ('vae/config.json', dict(scaling_factor=0)),
+           ('vae/config.json', dict(scaling_factor=None)), ('unet/config.json', dict(layers_per_block=2)), ('unet/config.json', dict(sample_size='8'))]
+
+
+@pytest.mark.parametrize('file, fields', SPOILED, ids=str)
+@pytest.mark.parametrize('load', [load_pipeline, load_by_hand], ids=['library', 'by hand'])
+def test_configs_that_draw_something_else(tmp_path, pipe, load, file, fields):
+    "A config that lacks what the picture depends on, or belongs to other weights, is refused before anything is drawn."
+    pipe.save_pretrained(folder := tmp_path/'model')
+    load(folder, 'cpu')
+    (folder/file).write_text(json.dumps(json.loads((folder/file).read_text()) | fields))
+    plain(lambda: load(folder, 'cpu'), folder.name if load is load_pipeline else file.split('/')[0])
+
+
+@pytest.mark.parametrize('extra', [True, False], ids=['unexpected', 'missing'])
+def test_weights_too_many_or_too_few(tmp_path, pipe, extra):
+    "A weight that the network has no place for, and one that is not there."
+    pipe.save_pretrained(folder := tmp_path/'model')
+    file = next((folder/'unet').glob('*.safetensors'))
+    weights = load_file(file)
+    if extra: weights['mid_block.more.weight'] = torch.zeros(3)
+    else: del weights['conv_out.bias']
+    save_file(weights, file)
+    for load in (load_pipeline, load_by_hand): plain(lambda: load(folder, 'cpu'), 'mid_block.more.weight is unexpected' if extra else 'conv_out.bias is missing')
+
+
+def test_words_for_networks_by_hand():
+    "They take none, and say so."
+    plain(lambda: add_words(load_by_hand(device='cpu'), {'<x>': torch.zeros(128)}), 'by hand', 'load_parts', kind=TypeError)
+
+
+@pytest.mark.parametrize('name', ['init_img', 'mask'])
+def test_the_picture_that_is_wrong(parts, name):
+    "Of two pictures the wrong one is named."
+    bad, good = Image.fromarray(np.full((16, 16), np.nan, np.float32)), Image.new('RGB', (16, 16))
+    call = (lambda: make_samples(parts, 'a bell', init_img=bad, start_step=1, steps=3)) if name == 'init_img' else lambda: inpaint(with_scheduler(parts, 'DDIM'), good, bad, 'a bell', num_inference_steps=3)
+    assert plain(call, 'not finite').startswith(name)
 
 
 def test_ctrl_c_in_the_loop(parts):

@@ -244,7 +244,7 @@ def draw_many(
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
     parts, acc, folder, wishes = take_apart(parts), acc or accelerator(), file_path('folder', folder), list(wishes)
-    of_kind('acc', acc, Accelerator, 'accelerator(), or leave it out')
+    if not hasattr(acc, 'process_index'): raise TypeError(f'acc is of type {type(acc).__name__}. Give accelerator(), or leave it out.')
     if not wishes: raise ValueError('wishes is empty: give at least one.')
     if wrong := [w for w in wishes if not isinstance(w, Wish)]:
         raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')

@@ -35,19 +35,21 @@ def _check(*sigmas: float, **tensors: Tensor) -> None:
         elif not (tensor('sigma', sigma).isfinite() & (sigma>=0)).all():
             raise ValueError(f'sigma is from {sigma.min()} to {sigma.max()}. Give 0 or more.')
         elif sigma.numel()!=1 and any(x.shape!=sigma.shape for x in tensors.values()):
-            raise ValueError(f'sigma has shape {tuple(sigma.shape)}. Give one level, or one for each.')
+            raise ValueError(f'sigma has shape {tuple(sigma.shape)}. Give one level, or x.shape.')
 
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #a90d1e37
-def _check_past(most: int, past: Sequence[Tensor], x: Tensor, sigmas: Sequence | None = None) -> None:
-    "The same for what was predicted before, and the levels where it was. ValueError if they do not fit."
-    if not isinstance(past, list | tuple) or not 1<=len(past)<=most:
-        found = len(past) if isinstance(past, list | tuple) else type(past).__name__
-        raise ValueError(f'{found} earlier predictions. Give a list of 1 to {most}, the newest first.')
-    _check(x=x, **{f'prediction {k}': past[k] for k in range(len(past))})
-    if sigmas is None: return
-    if not isinstance(sigmas, Sequence) or len(sigmas)!=len(past):
-        raise ValueError(f'sigmas={sigmas!r}: give a list with a level for each prediction.')
+def _check_past(most: int, x: Tensor, sigmas: Sequence | None = None, **past: Sequence) -> None:
+    "The same for what was predicted before, and the levels where it was."
+    (name, found), = past.items()
+    if not isinstance(found, list | tuple) or not 1<=len(found)<=most:
+        n = len(found) if isinstance(found, list | tuple) else type(found).__name__
+        raise ValueError(f'{name} holds {n} predictions. Give a list of 1 to {most}, newest first.')
+    _check(x=x, **{f'{name}[{k}]': noise for k, noise in enumerate(found)})
+    if sigmas is None:
+        return
+    if not isinstance(sigmas, Sequence) or len(sigmas)!=len(found):
+        raise ValueError(f'sigmas={sigmas!r}: give a list with a level for each of {name}.')
     _check(*sigmas)
     if any(b<=a for a, b in pairwise(sigmas)):
         raise ValueError(f'sigmas={sigmas!r} do not rise. Give the newest first, the smallest.')
@@ -111,7 +113,7 @@ def pndm_step(
 ) -> Tensor:
     """Along what the last predictions foretell, as if steps were even.
     Liu et al. 2022, arXiv:2202.09778, eq. 12. ValueError for no predictions."""
-    _check_past(4, noises, x)
+    _check_past(4, x, noises=noises)
     terms = zip(ADAMS_BASHFORTH[len(noises) - 1], noises)
     return euler_step(x, sum(w*noise for w, noise in terms), sigma, sigma_next)
 
@@ -142,7 +144,7 @@ def lms_step(
     """Along the curve through the last predictions: Adams-Bashforth for steps that are not even.
     Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, III.5.
     ValueError unless there is a level for each prediction."""
-    _check_past(4, noises, x, sigmas)
+    _check_past(4, x, sigmas, noises=noises)
     return x + sum(w*noise for w, noise in zip(lms_weights(sigmas, sigma_next), noises))
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2acf88d5
@@ -154,7 +156,7 @@ def dpm_step(
 ) -> Tensor:
     """Towards the picture that the last two foretell.
     Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095, algorithm 2."""
-    _check_past(2, x0s, x, sigmas)
+    _check_past(2, x, sigmas, x0s=x0s)
     _check(sigma_next, x=x)
     x0 = x0s[0]
     if len(x0s)==2 and sigma_next>0:

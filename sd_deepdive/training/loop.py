@@ -54,7 +54,8 @@ def share(
     acc: Accelerator,           # which process this is, of how many
 ) -> dict[str, Tensor]:
     "This process' part of a batch: with two processes, every other row."
-    of_kind('batch', batch, dict, 'tensors by name'); of_kind('acc', acc, Accelerator, 'accelerator()')
+    of_kind('batch', batch, dict, 'tensors by name')
+    if not hasattr(acc, 'process_index'): raise TypeError(f'acc is of type {type(acc).__name__}. Give accelerator().')
     mine = slice(acc.process_index, None, acc.num_processes)
     return {name: t[mine] for name, t in batch.items()}
 
