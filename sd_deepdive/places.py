@@ -122,10 +122,11 @@ def _check_configs(folder: Path, listed: dict):
         raise ValueError(f'{file} says {config["_class_name"]!r}, model_index.json {kind[-1]!r}. Copy the folder again.')
     if config.get('trained_betas') is None and (missing := [name for name in ('beta_start', 'beta_end', 'beta_schedule') if config.get(name) is None]):
         raise ValueError(f'{file} lacks {", ".join(missing)}, the noise levels that the model was trained with. Copy the folder again.')
-    file = folder/'vae'/'config.json'
-    factor = json.loads(file.read_text(encoding='utf-8')).get('scaling_factor', 1) if file.is_file() else 1     # configs of 2022 have none
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 0<factor<float('inf'):
-        raise ValueError(f'{file} has scaling_factor={factor!r}. It has to be a number above 0: copy the folder again.')
+    for file, field, usual in (('vae', 'scaling_factor', 1), ('unet', 'sample_size', 64)):     # configs of 2022 have no scaling factor
+        file = folder/file/'config.json'
+        value = json.loads(file.read_text(encoding='utf-8')).get(field, usual) if file.is_file() else usual
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0<value<float('inf'):
+            raise ValueError(f'{file} has {field}={value!r}. It has to be a number above 0: copy the folder again.')
 
 
 # %% ../nbs/00_places.ipynb #d1387c3d

@@ -222,7 +222,7 @@ def test_by_its_own_name(parts, wish, words):
     assert said.startswith(words)
 
 
-@pytest.mark.parametrize('wish', [dict(steps=0), dict(steps=2000), dict(g='3'), dict(width=30), dict(batch_size=0)], ids=str)
+@pytest.mark.parametrize('wish', [dict(steps=0), dict(steps=2000), dict(g='3'), dict(width=31), dict(batch_size=0)], ids=str)
 def test_refused_run_claims_nothing(tmp_path, parts, wish):
     "What is refused leaves no folder behind that then holds the run of other settings."
     plain(lambda: draw_many(parts, number_wishes('a bell'), tmp_path/'run', **wish), *wish, kind=(ValueError, TypeError))

@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from matplotlib import colormaps
-from PIL import Image, ImageColor, ImageDraw
+from PIL import Image, ImageDraw
 from torch import Tensor
-from ..checks import real_number, same_shape, tensor, whole_number, whole_numbers
-from ..images import on_colour
+from ..checks import real_number, same_shape, tensor, text as one_text, whole_number, whole_numbers
+from ..images import check_colour, on_colour
 from ..parts import Parts, take_apart
 from ..prediction import predict_x0
 from ..sampling import Step, _check, ask_unet, read_texts
@@ -40,8 +40,8 @@ def attention_weights(
     each other, and M is N. Vaswani et al. 2017, arXiv:1706.03762, eq. 1."""
     if not isinstance(layer, Attention):
         raise TypeError(f'layer is of type {type(layer).__name__}. Give an attention of unet_by_hand(parts).unet.')
-    if not isinstance(text, KeysValues | None): tensor('text', text, 'B M D')
-    tensor('x', x, 'B N width')
+    if not isinstance(text, KeysValues | None): tensor('text', text, 'B M D', like=layer.to_q.weight)
+    tensor('x', x, 'B N width', like=layer.to_q.weight)
     if text is None: k = layer.to_k(x)
     else: k, _ = text[layer] if isinstance(text, KeysValues) else layer.read(text)
     q, k = (y.unflatten(-1, (layer.heads, -1)).transpose(1, 2) for y in (layer.to_q(x), k))
@@ -145,7 +145,7 @@ def token_names(
     prompt: str,    # one text
 ) -> list[str]:
     "The tokens of a prompt as text, with 'start' before and 'end' behind; the rest of the 77 are padding."
-    if not isinstance(prompt, str): raise TypeError(f'prompt={prompt!r} is not text. Give one string.')
+    one_text('prompt', prompt)
     tokenizer = take_apart(parts).tokenizer
     ids = tokenizer([prompt], truncation=True, max_length=tokenizer.model_max_length, padding='max_length',
                     return_tensors='pt').input_ids[0].tolist()
@@ -171,9 +171,8 @@ def lay_over(
 ) -> Image.Image:
     "A map over a picture in grey, each place of the map a rectangle. ValueError for anything but a map."
     picture = on_colour(picture)
-    if not 0 <= real_number('opacity', opacity) <= 1:
-        raise ValueError(f'opacity={opacity} is out of range. Give a number from 0 to 1.')
-    tensor('heat', heat, 'h w')
+    real_number('opacity', opacity, .6, 0, 1)
+    if not tensor('heat', heat, 'h w').isfinite().all(): raise ValueError('heat has values that are not finite. Give one without nan.')
     heat = heat.float().cpu() - heat.min().item()
     colours = colormaps['inferno']((heat/heat.max().clamp(min=1e-12)).numpy(), bytes=True)[..., :3]
     field = Image.fromarray(colours.copy()).resize(picture.size, Image.Resampling.NEAREST)
@@ -208,9 +207,7 @@ def mark(
     "A copy of the picture with a frame around one place of a map. TypeError or ValueError for a place outside the map."
     (h, w), marked = _two_sides(size), on_colour(picture).copy()
     whole_number('row', row, 0, h - 1); whole_number('column', column, 0, w - 1)
-    try: ImageColor.getrgb(colour)
-    except (ValueError, TypeError, AttributeError):
-        raise ValueError(f'colour={colour!r} is not a colour. Give a name such as "cyan".') from None
+    check_colour('colour', colour)
     x, y = column*marked.width//w, row*marked.height//h
     box = x - 2, y - 2, x + marked.width//w + 1, y + marked.height//h + 1
     ImageDraw.Draw(marked).rectangle(box, outline=colour, width=2)
@@ -225,8 +222,7 @@ def slerp(
     """From one noise to the other along the sphere, each picture by itself: the same shape. Parallel ones are
     mixed straight. ValueError for two shapes, or no share. Shoemake 1985, Animating rotation with quaternion curves."""
     same_shape(a=a, b=b)
-    if not 0 <= (s := real_number('share', share)) <= 1:
-        raise ValueError(f'share={share} is out of range. Give a number from 0 to 1.')
+    s = real_number('share', share, .5, 0, 1)
     shape = -1, *[1]*(a.ndim - 1)
     x, y = (v.cpu().double() for v in (a, b))      # a Mac's GPU has no float64
     one, two = x.flatten(1), y.flatten(1)
@@ -244,7 +240,7 @@ def walk(
     way: Callable[[Tensor, Tensor, float], Tensor] = slerp,   # or torch.lerp, for hidden states
 ) -> Tensor:
     "Stops on the way from one to the other, at even shares: (n, ...). ValueError for fewer than two."
-    whole_number('n', n, 2); same_shape(a=a, b=b)
+    whole_number('n', n, 2, 10_000); same_shape(a=a, b=b)
     if len(a)!=1: raise ValueError(f'a has shape {tuple(a.shape)}. Give one, (1, ...).')
     if not callable(way): raise TypeError(f'way={way!r} cannot be called. Give slerp, or torch.lerp.')
     return torch.cat([way(a, b, i/(n - 1)) for i in range(n)])

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from collections.abc import Callable, Sequence
-from ..checks import real_number, same_shape, side as fitting_side, tensor, text as one_text, texts, whole_number, whole_numbers
+from ..checks import of_kind, real_number, same_shape, side as fitting_side, tensor, text as one_text, texts, whole_number, whole_numbers
 from ..guidance import guide
-from ..images import on_colour
+from ..images import check_area, on_colour
 from ..latents import latents2pil, pil2latent
 from ..parts import Parts, take_apart
 from ..prediction import predict_noise, predict_x0
@@ -78,6 +78,7 @@ def loss_gradient(
 ) -> tuple[Tensor, Tensor]:
     """The loss of the decoded guess x0 of each picture (B,), and its gradient (B, 4, h, w): with respect to x0, or
     through the UNet to x_t. ValueError for a loss that does not give a number for each picture."""
+    of_kind('step', step, Step, 'a step of the loop')
     parts = take_apart(parts)
     with torch.enable_grad():
         x = x0 = (step.x0 if ask is None else step.x_t).detach().clone().requires_grad_()
@@ -146,6 +147,7 @@ def caption_loss(
 ) -> Callable[[Tensor], Tensor]:
     """A loss: 1 - the cosine of picture and caption. TypeError or ValueError for no captions, or not one for each.
     Radford et al. 2021, arXiv:2103.00020."""
+    of_kind('clip', clip, Clip, 'a pair, such as load_clip()')
     device = next(clip.parameters()).device
     with torch.no_grad(): wanted = clip.embed_text(token_ids(tokenizer, texts('captions', captions)).to(device))
     def loss(pixels):
@@ -178,7 +180,7 @@ def mask2latent(
     parts = take_apart(parts)
     if not isinstance(mask, Image.Image): raise TypeError(f'mask is of type {type(mask).__name__}. Give a PIL picture.')
     for name, value in zip(('width', 'height'), mask.size): fitting_side(name, value, parts.factor)
-    white = torch.from_numpy(np.array(on_colour(mask).convert('L'))) > 127
+    white = torch.from_numpy(np.array(on_colour(mask, name='mask').convert('L'))) > 127
     small = F.max_pool2d(white[None, None].float(), parts.factor)
     return small.to(parts.device, parts.dtype)
 
@@ -229,6 +231,7 @@ def wider(
     "The picture on a larger white canvas, and the mask of what is new. TypeError or ValueError if it does not fit."
     if not isinstance(image, Image.Image): raise TypeError(f'image is of type {type(image).__name__}. Give a PIL picture.')
     for name, value in dict(width=width, height=height, left=left, top=top).items(): whole_number(name, value, 0)
+    check_area(width, height)
     if left + image.width > width or top + image.height > height:
         raise ValueError(f'image of {image.size} at {left}, {top} does not fit on {width} x {height}. '
                          'Give a larger canvas.')
@@ -313,9 +316,9 @@ def rescale(
 ) -> Tensor:
     """Brought towards the standard deviation of `like`, picture by picture. ValueError for a phi that is not from 0 to 1.
     Lin et al. 2023, arXiv:2305.08891, eq. 14 to 16."""
-    if not 0 <= real_number('phi', phi) <= 1:
-        raise ValueError(f'phi={phi} is out of range. Give a number from 0 to 1.')
-    same_shape(x=x, like=like); tensor('x', x, 'B C h w')
+    real_number('phi', phi, .7, 0, 1)
+    same_shape(x=x, like=like); tensor('x', x, 'B C h w', like=like)
+    if not x.is_floating_point(): raise TypeError(f'x holds {x.dtype}. Give floats.')
     std = lambda v: v.std((1, 2, 3), keepdim=True)
     return phi*x*std(like)/std(x) + (1 - phi)*x
 
@@ -324,6 +327,7 @@ def rescaled(
     phi: float = .7,   # 0 leaves it, 1 rescales all of it
 ) -> Callable[[Tensor, Tensor, float], Tensor]:
     "A `combine` for the loop: guidance, its prediction rescaled. Lin et al. 2023, arXiv:2305.08891, section 3.4."
+    real_number('phi', phi, .7, 0, 1)
     return lambda uncond, text, g: rescale(guide(uncond, text, g), text, phi)
 
 # %% ../../nbs/24_steer_it.ipynb #f2f550fb
@@ -343,6 +347,7 @@ def rescale_x0(
 ) -> Callable[[Step], None]:
     """A hook: rescale the picture that a step means instead of the noise, and let the loop go on from there. Errors as
     `after_step` and `rescale`; ValueError for a step without guidance."""
+    real_number('phi', phi, .7, 0, 1); of_kind('kept', kept, KeepText, 'a KeepText(), the combine of the run')
     after = after_step(parts, num_inference_steps)
     def hook(step):
         if kept.text is None:
