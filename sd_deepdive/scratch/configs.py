@@ -94,7 +94,7 @@ def read_config(
     if not isinstance(config, Mapping):
         raise TypeError(f'config is {type(config).__name__}. Give the dictionary of config.json.')
     if config.get('_class_name', kind)!=kind:
-        raise ValueError(f'_class_name={config["_class_name"]!r} is another network. '
+        raise ValueError(f'_class_name={config["_class_name"]!r} is of another kind. '
                          f'Give the config of one that was saved as {kind}.')
     for name, value in config.items():
         harmless = () if name in fields or name.startswith('_') else (None, False, 0)
