@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
 from tempfile import TemporaryDirectory
-from ..checks import file_path, in_one_line, real_number, whole_number
+from ..checks import file_path, in_one_line, of_kind, real_number, tensor, whole_number
 from ..images import fit_picture
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, quiet
@@ -93,6 +93,8 @@ def problems(
     examples: Sequence[Example],   # from `read_captions`
 ) -> list[str]:
     "What is wrong with a data set, a line for each fault; an empty list if nothing is."
+    parts = take_apart(parts)
+    examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
     found, seen = [], {}
     for e in tqdm(examples, desc='checking', delay=20, leave=False):
         if fault := _fault(parts, e): found.append(f'{e.file.name} {fault}'); continue
@@ -111,7 +113,7 @@ def is_held_out(
     what is no name."""
     if not isinstance(group, str): raise TypeError(f'group={group!r} is not text. Give the name of a group.')
     number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8])
-    return number < share*2**64
+    return number < real_number('share', share, .2, 0, 1)*2**64
 
 # %% ../../nbs/26_your_own_pictures.ipynb #4bd7e2c8
 def split(
@@ -119,6 +121,7 @@ def split(
     share: float = .2,             # of all groups that is held out, about
 ) -> tuple[list[Example], list[Example]]:
     "Those to train on, and those held out, no group in both. ValueError if one side is empty."
+    examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
     if not 0 < real_number('share', share) < 1: raise ValueError(f'share={share} is no part. Give one between 0 and 1.')
     held = [e for e in examples if is_held_out(e.group, share)]
     train = [e for e in examples if not is_held_out(e.group, share)]
@@ -134,8 +137,10 @@ def encode(
     batch: int = 16,               # pictures encoded at a time
 ) -> Tensor:
     "Scaled latents (N, 4, h, w) of the pictures, each brought to the model's size, on the CPU. ValueError for none."
+    parts = take_apart(parts)
+    examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
     if not examples: raise ValueError('examples is empty: give at least one.')
-    latents = []
+    latents, batch = [], whole_number('batch', batch, 1)
     for k in tqdm(range(0, len(examples), batch), desc='encoding', delay=20, leave=False):
         images = [fit_picture(Image.open(e.file), parts.side, parts.side) for e in examples[k:k + batch]]
         latents.append(pil2latent(parts, images).cpu())
@@ -175,6 +180,7 @@ def caption_batches(
     drop: float = .1,          # part of the captions left empty: guidance needs it
 ) -> Callable:
     "`draw` for `Trainer.fit`: pictures at random, the ids of their captions, a time, noise."
+    parts, drop = take_apart(parts), real_number('drop', drop, .1, 0, 1)
     ids, empty = (token_ids(parts.tokenizer, texts) for texts in (captions, ['']))
     draw_all = picture_batches(latents, batch, ids=ids)
     def draw(g: torch.Generator, step: int) -> dict[str, Tensor]:
@@ -197,6 +203,13 @@ def _lora(
         raise
     merge_lora(unet)
 
+# %% ../../nbs/26_your_own_pictures.ipynb #c8d05e17
+def _check_training(steps: int, lr: float, batch: int, rank: int, every: int) -> None:
+    "TypeError or ValueError for numbers that cannot be, before anything is begun."
+    for name, value in dict(steps=steps, batch=batch, every=every).items(): whole_number(name, value, 1)
+    whole_number('rank', rank, 0); real_number('lr', lr, 1e-3, least=1e-9)
+
+
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
 def fine_tune(
     parts: Parts,                     # its UNet is trained, and rows of its token table that are zero
@@ -213,11 +226,12 @@ def fine_tune(
 ) -> list[float]:
     """Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`; after one, or after
     Ctrl-C, no LoRA is left in the model."""
-    for name, value in dict(steps=steps, batch=batch, every=every).items(): whole_number(name, value, 1)
+    parts = take_apart(parts)
+    _check_training(steps, lr, batch, rank, every)
     torch.manual_seed(whole_number('seed', seed, 0))
     draw = caption_batches(parts, latents, captions, batch)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
-    with _lora(parts.unet, rank) if whole_number('rank', rank, 0) else nullcontext():
+    with _lora(parts.unet, rank) if rank else nullcontext():
         learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)
         def loss(learner, latents, ids, t, noise): return predict(parts.unet, latents, learner(ids), t, noise)
         average = min(.995, max(.9, 1 - 10/steps))     # over the last tenth of the steps, about
@@ -234,8 +248,9 @@ def held_out_loss(
     times: Sequence[int] = range(100, 1000, 200),   # at which the loss is measured
 ) -> float:
     "The loss of lesson 21, the mean over some times, with the same noise at each call. ValueError for no captions."
-    if not len(latents) or len(captions)!=len(latents):
-        raise ValueError(f'latents has {len(latents)} pictures, captions {len(captions)}. Give one caption for each.')
+    parts = take_apart(parts)
+    if not isinstance(captions, Sequence) or len(captions)!=len(tensor('latents', latents, 'N 4 h w')):
+        raise ValueError(f'latents has {len(latents)} pictures, captions={captions!r}. Give one caption for each.')
     text = text_enc(parts, captions)
     return sum(losses_at(parts.unet, latents, text, parts.scheduler.alphas_cumprod, times))/len(times)
 
@@ -319,6 +334,7 @@ def own_pictures(
     every: int = 250,                  # steps between checkpoints
 ) -> None:
     "From a folder of pictures and a table of captions to a model."
+    _check_training(steps, lr, batch, rank, every)
     parts, out = load_parts(dtype=torch.float32), Path(out)
     train, held = _sides(parts, Path(folder), captions, group, share)
     (latents, said), (unseen, asked) = ((encode(parts, side), [e.caption for e in side]) for side in (train, held))
