@@ -114,6 +114,7 @@ def tensor(
     value: object,     # what was given for it
     shape: str = '',   # its dimensions, such as 'B 4 h w': a number has to be that, a name may be any; default: all of them
     like: Tensor | None = None,   # of the precision and on the device that it has to have; default: any
+    hollow: bool = False,         # whether it may be on the device meta, where tensors have shapes and no values
 ) -> Tensor:
     """The value. TypeError if it is no dense tensor of numbers, ValueError if it has other dimensions, nothing in it,
     or is of another precision or on another device than `like`."""
@@ -121,7 +122,7 @@ def tensor(
     give = f'Give a tensor ({", ".join(wanted)})' if wanted else 'Give a tensor'
     if not isinstance(value, Tensor): raise TypeError(f'{name} is of type {type(value).__name__}. {give}.')
     if value.dtype is torch.bool: raise TypeError(f'{name} holds true and false. {give} of numbers.')
-    odd = 'complex' if value.is_complex() else 'on the device meta, without values' if value.is_meta else value.layout
+    odd = 'complex' if value.is_complex() else 'on the device meta, without values' if value.is_meta and not hollow else value.layout
     if odd is not torch.strided: raise TypeError(f'{name} is {odd}. {give} of real numbers.')
     fits = len(wanted)==value.ndim and all(not w.isdecimal() or int(w)==n for w, n in zip(wanted, value.shape))
     if wanted and not fits or not value.numel():

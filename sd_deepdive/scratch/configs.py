@@ -77,7 +77,8 @@ def check_sizes(
         if name in config and not 0<=config[name]<=1 or name!='eta' and config.get(name) in (0, 1):
             raise ValueError(f'{name}={config[name]} is no share. Give a number between 0 and 1.')
     if config.get('scaling_factor', 1)<=0:
-        raise ValueError(f'scaling_factor={config["scaling_factor"]} is no factor. Give a number above 0.')
+        raise ValueError(f'scaling_factor={config["scaling_factor"]} is no factor. '
+                         'Give a number above 0.')
     if 'time_cond_proj_dim' in config and config['block_out_channels'][0]%2:
         raise ValueError(f'block_out_channels={config["block_out_channels"]} begins with an odd '
                          'width. Give an even one: half are cosines of the time, half sines.')

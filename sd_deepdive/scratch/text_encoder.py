@@ -115,7 +115,7 @@ def forward(
 ) -> TextStates:
     "Hidden states (B, N, D). ValueError for ids of another shape, IndexError for one with no row."
     most = self.config.max_position_embeddings
-    tensor('input_ids', input_ids)
+    tensor('input_ids', input_ids, hollow=True)
     if input_ids.ndim!=2 or input_ids.shape[1] > most:
         raise ValueError(f'input_ids of shape {tuple(input_ids.shape)} do not fit. '
                          f'Give (B, N), N up to {most}: truncation=True cuts a prompt.')

@@ -28,7 +28,7 @@ def time_waves(
 ) -> Tensor:
     """Cosines and sines of times, frequencies from 1 down to nearly 1/10,000: (B, width), float32.
     Vaswani et al. 2017, arXiv:1706.03762, section 3.5."""
-    tensor('t', t, 'B')
+    tensor('t', t, 'B', hollow=True)
     half = whole_number('width', width, 2, 2**16)//2
     frequencies = torch.exp(-log(10_000)*torch.arange(half, device=t.device)/half)
     angles = t[:, None].float()*frequencies
@@ -253,9 +253,10 @@ def forward(
     that do not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""
     refuse(options)
     text, config = encoder_hidden_states, self.config
-    tensor('sample', sample, f'B {config.in_channels} h w')
+    tensor('sample', sample, f'B {config.in_channels} h w', hollow=True)
     if not isinstance(text, KeysValues):
-        tensor('encoder_hidden_states', text, f'{len(sample)} tokens {config.cross_attention_dim}')
+        tensor('encoder_hidden_states', text,
+               f'{len(sample)} tokens {config.cross_attention_dim}', hollow=True)
     time, kept = self.embed_time(timestep, sample), [self.conv_in(sample)]
     for row in self.down():
         kept.append(run(row, kept[-1], time, text))
