@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import wraps
-from math import isfinite
+from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
 from types import UnionType
@@ -65,11 +65,13 @@ def real_number(
     "The value as a float. TypeError if it is not a number, ValueError if it is infinite, not a number (nan) or out of range."
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f'{name}={value!r} is not a number. Give one, such as {example}.')
-    if not isfinite(value): raise ValueError(f'{name}={value} is not finite. Give a number such as {example}.')
+    try: number = float(value)
+    except OverflowError: number = inf
+    if not isfinite(number): raise ValueError(f'{name}={str(value)[:40]} is not finite. Give a number such as {example}.')
     if least is not None and value<least or most is not None and value>most:
         limits = f'of at least {least:g}' if most is None else f'from {least:g} to {most:g}'
         raise ValueError(f'{name}={value} is out of range. Give a number {limits}.')
-    return float(value)
+    return number
 
 
 # %% ../nbs/00_checks.ipynb #b4207d5a
@@ -123,6 +125,7 @@ def tensor(
     if not isinstance(value, Tensor): raise TypeError(f'{name} is of type {type(value).__name__}. {give}.')
     if value.dtype is torch.bool: raise TypeError(f'{name} holds true and false. {give} of numbers.')
     odd = 'complex' if value.is_complex() else 'on the device meta, without values' if value.is_meta and not hollow else value.layout
+    if value.is_floating_point() and value.dtype.itemsize==1: odd = f'{value.dtype}, in which nothing is computed here'
     if odd is not torch.strided: raise TypeError(f'{name} is {odd}. {give} of real numbers.')
     fits = len(wanted)==value.ndim and all(not w.isdecimal() or int(w)==n for w, n in zip(wanted, value.shape))
     if wanted and not fits or not value.numel():
@@ -198,7 +201,7 @@ def enough_memory(
     """Turn torch's out-of-memory errors, on any device, into a MemoryError that says what to lower. Of two, one
     within the other, the outer one speaks: it knows what the caller asked for."""
     try: yield
-    except (MemoryError, OverflowError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
+    except (MemoryError, RuntimeError) as e:   # torch.OutOfMemoryError is a RuntimeError, and so is what the CPU's allocator raises
         words = ('out of memory', 'allocate memory', 'not enough memory', 'overflowed')   # the last: more bytes than can be counted
         if isinstance(e, RuntimeError) and not any(w in str(e).lower() for w in words): raise
         raise MemoryError(f'The memory is not enough for this. Lower {lower}.') from None

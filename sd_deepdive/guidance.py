@@ -23,8 +23,8 @@ def guide(
     """The guided prediction, uncond + g (text - uncond). Ho and Salimans 2022, arXiv:2207.12598.
     TypeError for anything but a tensor, ValueError for two shapes or a g that is not finite."""
     same_shape(uncond=uncond, text=text)
-    real_number('guidance_scale', guidance_scale)
-    return uncond + guidance_scale*(text - uncond)
+    g = real_number('guidance_scale', guidance_scale)
+    return uncond + g*(text - uncond)
 
 # %% ../nbs/02_guidance.ipynb #3c383f1b
 @contextmanager

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
 from pathlib import Path
+from .checks import file_path
 from .places import EMBEDDED, PARTS, NO_PICKLES, PICKLE_SUFFIXES, WEIGHTED, check_folder, find_model
 
 # %% ../nbs/00_hub.ipynb #b6b7db57
@@ -46,6 +47,7 @@ def checksum(
     git: bool = False, # git's own, by which small files go
 ) -> str:
     "By what name the hub knows a file of this content: 64 digits, or 40 for git's."
+    file = file_path('file', file)
     with file.open('rb') as f:
         if not git: return hashlib.file_digest(f, 'sha256').hexdigest()
         return hashlib.sha1(b'blob %d\0' % file.stat().st_size + f.read(), usedforsecurity=False).hexdigest()

@@ -87,6 +87,7 @@ def on_colour(
     of their own: theirs is spread from black to white. TypeError for no picture, ValueError if it cannot be read, or for no colour."""
     image = load_picture(image, name); check_colour('colour', colour)
     if image.mode=='RGB': return image
+    if image.mode in ('La', 'RGBa'): image = image.convert(image.mode.replace('a', 'A'))     # already multiplied by their transparency
     if image.mode.startswith('I;16'): return image.convert('F').point(lambda v: v*(1/257) + 0).convert('RGB')
     if image.mode in 'IF': return _spread(image, name)
     if not image.has_transparency_data: return image.convert('RGB')
@@ -171,7 +172,7 @@ def show_images(
 def _difference(a: Image.Image, b: Image.Image) -> Image.Image:
     "The picture of absolute differences, transparent parts laid on white. ValueError for two sizes, or values without a range."
     for name, im in dict(a=a, b=b).items():
-        if not isinstance(im, Image.Image): raise TypeError(f'{name}={im!r} is not a PIL picture.')
+        if not isinstance(im, Image.Image): raise TypeError(f'{name}={im!r} is not a PIL picture. Open a file with PIL.Image.open.')
         if im.mode[0] in 'IF': raise ValueError(f'{name} has mode {im.mode}, whose values have no range. Give a picture of 8 bits.')
     if a.size!=b.size: raise ValueError(f'a is {a.size} and b is {b.size}: give two pictures of one size.')
     return ImageChops.difference(on_colour(a), on_colour(b))
@@ -198,12 +199,13 @@ def fit_picture(
     width: int,              # pixels
     height: int,             # likewise
     colour: str = 'white',   # what shows through where it is transparent
+    name: str = 'image',     # of the argument
 ) -> Image.Image:
     "The picture as RGB of exactly this size: turned upright, scaled to cover it, cut at the edges, never stretched."
     whole_number('width', width, 1); whole_number('height', height, 1); check_area(width, height)
     with enough_memory(f'width={width} or height={height}, or the size of the picture'):
-        upright = ImageOps.exif_transpose(load_picture(image))
-        return ImageOps.fit(on_colour(upright, colour), (width, height), Image.Resampling.LANCZOS)
+        upright = ImageOps.exif_transpose(load_picture(image, name))
+        return ImageOps.fit(on_colour(upright, colour, name), (width, height), Image.Resampling.LANCZOS)
 
 # %% ../nbs/00_images.ipynb #84d57f98
 def film(

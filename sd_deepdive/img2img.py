@@ -34,7 +34,8 @@ def img2img_pipeline(
 ) -> StableDiffusionImg2ImgPipeline:
     "The same parts for image to image, DDIM steps over the same noise levels. TypeError for no pipeline."
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. Give what load_pipeline() returns.')
+        shown = ' '.join(reprlib.repr(pipe).split())
+        raise TypeError(f'pipe={shown} is not a pipeline. Give what load_pipeline() returns.')
     steps = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     made = StableDiffusionImg2ImgPipeline(**pipe.components | dict(scheduler=steps),
                                           requires_safety_checker=pipe.safety_checker is not None)
@@ -74,10 +75,11 @@ def image_to_image(
     ValueError or TypeError for a wrong argument, MemoryError where the memory is not enough."""
     img2img = img2img_pipeline(pipe)
     side = pipe.unet.config.sample_size*pipe.vae_scale_factor
-    start = fit_picture(load_picture(init_image, 'init_image'), side, side)
+    start = fit_picture(init_image, side, side, name='init_image')
     set_timesteps(img2img.scheduler, num_inference_steps)    # an error if it cannot walk so many
     run = num_inference_steps - skipped_steps(strength, num_inference_steps)
-    whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
+    whole_number('batch_size', batch_size, 1)
+    guidance_scale = real_number('guidance_scale', guidance_scale)
     prompts, seeds, negative = pair_wishes(prompt, seeds, negative_prompt)
     each = dict(prompt=prompts, negative_prompt=negative, image=[start]*len(prompts))
     return draw_in_batches(img2img, batch_size, seeds, each, guidance_scale=guidance_scale,

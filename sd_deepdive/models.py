@@ -71,9 +71,9 @@ def _check_weights(pipe: StableDiffusionPipeline, folder: Path) -> None:
         saved = set()
         for file in weight_files(folder/part):
             with safe_open(file, 'pt') as held: saved |= {name_today(key) for key in held.keys()}
-        wanted = {name_today(key) for key in getattr(pipe, part).state_dict()}
-        for what, keys in dict(missing=wanted - saved, unexpected=saved - wanted).items():
-            if keys := sorted(key for key in keys if not key.endswith('position_ids')):
+        wanted = dict.fromkeys(name_today(key) for key in getattr(pipe, part).state_dict())     # in their order
+        for what, keys in dict(missing=[key for key in wanted if key not in saved], unexpected=sorted(saved - wanted.keys())).items():
+            if keys := [key for key in keys if not key.endswith('position_ids')]:
                 raise ValueError(f'{part}: {keys[0]} is {what} in the checkpoint. Do the weights and config.json belong together?')
 
 # %% ../nbs/01_text_to_image.ipynb #dfe72e89
@@ -149,12 +149,14 @@ def text_to_image(
 ) -> list[Image.Image]:
     "A picture for each prompt and seed, independent of the others. ValueError or TypeError for a wrong argument."
     if not isinstance(pipe, StableDiffusionPipeline):
-        raise TypeError(f'pipe={reprlib.repr(pipe)} is not a pipeline. Give what load_pipeline() returns.')
-    set_timesteps(pipe.scheduler, num_inference_steps)
-    whole_number('batch_size', batch_size, 1); real_number('guidance_scale', guidance_scale)
+        shown = ' '.join(reprlib.repr(pipe).split())
+        raise TypeError(f'pipe={shown} is not a pipeline. Give what load_pipeline() returns.')
+    whole_number('batch_size', batch_size, 1)
+    guidance_scale = real_number('guidance_scale', guidance_scale)
     usual = pipe.unet.config.sample_size*pipe.vae_scale_factor
     size = {name: side(name, usual if value is None else value, pipe.vae_scale_factor)
             for name, value in dict(height=height, width=width).items()}
+    set_timesteps(pipe.scheduler, num_inference_steps)
     prompts, seeds, negative = pair_wishes(prompt, seeds, negative_prompt)
     return draw_in_batches(pipe, batch_size, seeds, dict(prompt=prompts, negative_prompt=negative),
                            num_inference_steps=num_inference_steps, guidance_scale=guidance_scale, **size)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
-from .checks import file_path
+from .checks import file_path, whole_number
 
 # %% ../nbs/00_places.ipynb #c6f68b04
 def best_device() -> torch.device:
@@ -54,8 +54,8 @@ def find_dtype(
 ) -> torch.dtype:
     "The precision asked for, or the best one. TypeError for anything but a floating-point type."
     dtype = best_dtype(device) if dtype is None else dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f'dtype={dtype!r} is not a floating-point type. Give torch.float16, say, or leave it out.')
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize==1:
+        raise TypeError(f'dtype={dtype!r} is not a floating-point type to compute in. Give torch.float16, say, or leave it out.')
     return dtype
 
 # %% ../nbs/00_places.ipynb #07ad5d7a
@@ -80,8 +80,8 @@ def _check_files(folder: Path):
     "ValueError for a .json or .safetensors file, wherever it lies in the folder, that cannot be read."
     for file in sorted(folder.rglob('*.json')):
         try: said = json.loads(file.read_text(encoding='utf-8'))
-        except (ValueError, OSError) as e: raise _damaged(file, folder, e) from None
-        if file.name.endswith('config.json') and not isinstance(said, dict):
+        except (ValueError, OSError, RecursionError) as e: raise _damaged(file, folder, e) from None
+        if file.name.endswith(('config.json', 'vocab.json')) and not isinstance(said, dict):
             raise ValueError(f'{file} holds a {type(said).__name__}, no fields. Copy the folder again.')
     for file in sorted(folder.rglob('*.safetensors')):
         try:
@@ -93,12 +93,22 @@ def _check_tokenizer(folder: Path):
     "ValueError if vocab.json and merges.txt do not belong together: with some merges missing a word gets other ids, and another picture is drawn."
     vocab, merges = files = [folder/'tokenizer'/name for name in ('vocab.json', 'merges.txt')]
     missing = [file for file in files if not file.is_file()]
-    if missing==files: return      # tokenizer.json says it all
+    config = folder/'tokenizer'/'tokenizer_config.json'
+    told = json.loads(config.read_text(encoding='utf-8')) if config.is_file() else {}
+    whole_number(f'{config}: model_max_length', told.get('model_max_length'), 2, 10**6)
+    for name, usual in dict(bos_token='<|startoftext|>', eos_token='<|endoftext|>', pad_token='<|endoftext|>').items():
+        token = told.get(name, usual)
+        if (token.get('content') if isinstance(token, dict) else token)!=usual: raise _damaged(config, folder, f'{name} is {token!r}, not {usual!r}')
+    if missing==files and (folder/'tokenizer'/'tokenizer.json').is_file(): return      # it says it all
     if missing: raise ValueError(f'{folder} has no tokenizer/{missing[0].name}. Copy the folder again.')
     known = {word for word in json.loads(vocab.read_text(encoding='utf-8')) if len(word.removesuffix('</w>')) > 1 and not re.fullmatch('<.*>', word)}
-    try: made = {''.join(line.split()) for line in merges.read_text(encoding='utf-8').splitlines() if not line.startswith('#version')}
+    try: made = [''.join(line.split()) for line in merges.read_text(encoding='utf-8').splitlines() if line and not line.startswith('#version')]
     except UnicodeDecodeError as e: raise _damaged(merges, folder, e) from None
-    if lost := sorted(known - made):
+    ids = json.loads(vocab.read_text(encoding='utf-8'))
+    first = 2*256      # ids of single letters, inside of a word and at its end
+    if moved := [word for i, word in enumerate(made, first) if ids.get(word)!=i and made.count(word)==1]:
+        raise _damaged(vocab, folder, f'{moved[0]!r} has the id {ids.get(moved[0])}, its merge another')
+    if lost := sorted(known - {*made}):
         raise _damaged(merges, folder, f'no merge gives {lost[0]!r} of vocab.json')
 
 # %% ../nbs/00_places.ipynb #21b6c8f7
@@ -125,8 +135,8 @@ def _check_configs(folder: Path, listed: dict):
     for file, field, usual in (('vae', 'scaling_factor', 1), ('unet', 'sample_size', 64)):     # configs of 2022 have no scaling factor
         file = folder/file/'config.json'
         value = json.loads(file.read_text(encoding='utf-8')).get(field, usual) if file.is_file() else usual
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0<value<float('inf'):
-            raise ValueError(f'{file} has {field}={value!r}. It has to be a number above 0: copy the folder again.')
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0<value<float('inf') or field=='sample_size' and value!=int(value):
+            raise ValueError(f'{file} has {field}={value!r}. It has to be a number above 0, a size a whole one: copy the folder again.')
 
 
 # %% ../nbs/00_places.ipynb #d1387c3d
@@ -135,6 +145,7 @@ def check_folder(
     parts: Sequence[str] | None = None,  # which of its parts have to be there; default: all
 ) -> Path:
     "The folder, if it holds a pipeline with weights that can be read; else a ValueError names file and remedy."
+    folder = file_path('folder', folder)
     listing = folder/'model_index.json'
     if not listing.is_file():
         raise ValueError(f'{folder} holds no pipeline: {listing.name} is missing. Give a folder from save_pretrained.')
@@ -143,7 +154,9 @@ def check_folder(
     kind = listed.get('_class_name') if isinstance(listed, dict) else None
     if kind!='StableDiffusionPipeline':
         raise ValueError(f'{listing} says {kind!r}: it does not describe a StableDiffusionPipeline. The course needs one.')
-    if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
+    if odd := [k for k, v in listed.items() if isinstance(v, list) and len(v)!=2]:
+        raise ValueError(f'{listing} says {listed[odd[0]]!r} of {odd[0]}, not library and class. Copy the folder again.')
+    if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v and v[0]]
     _check_parts(folder, parts)
     if 'tokenizer' in parts: _check_tokenizer(folder)
     _check_configs(folder, listed)
@@ -167,6 +180,7 @@ def check_file(
     file: Path, # a checkpoint in one file
 ) -> Path:
     "The file, if it holds Stable Diffusion 1.x as safetensors; else a ValueError. A pickle is not opened."
+    file = file_path('file', file)
     if file.suffix in PICKLE_SUFFIXES: raise ValueError(f'name={str(file)!r} is no .safetensors file. {NO_PICKLES}')
     unet, vae, text = (SD1[part] for part in ('unet', 'vae', 'text_encoder'))
     first, width = 'model.diffusion_model.input_blocks.', unet['block_out_channels'][0]
@@ -196,7 +210,7 @@ def find_model(
     if str(name) and Path(name).is_dir(): return check_folder(Path(name), parts)
     if str(name) and Path(name).is_file(): return check_file(Path(name))
     if Path(name).suffix in ('.safetensors', *PICKLE_SUFFIXES): raise ValueError(f'name={str(name)!r} is not a model: there is no such file. Check its name.')
-    if re.fullmatch(r'\w[\w.-]*/[\w.-]+', str(name)): return str(name)
+    if re.fullmatch(r'(?!.*(\.\.|--))\w[\w.-]*/[\w.-]*\w', str(name)): return str(name)
     raise ValueError(f'name={str(name)!r} is not a model: there is no such folder, and a hub id reads "owner/model". '
                      f'Use "{EMBEDDED}", a folder, or a hub id such as "CompVis/stable-diffusion-v1-4".')
 

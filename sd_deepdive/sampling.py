@@ -101,6 +101,14 @@ def read_texts(
     texts = text if guidance_scale==1 else uncond if guidance_scale==0 else torch.cat([uncond, text])
     return parts.unet.read(texts) if hasattr(parts.unet, 'read') else texts
 
+# %% ../nbs/10_loop.ipynb #94b7d1f0
+def _kept_kind(name: str, x: Tensor, like: Tensor) -> Tensor:
+    "The tensor. TypeError or ValueError if it is not of the shape, the precision and the device of another."
+    if tensor(name, x).shape!=like.shape or (x.dtype, x.device)!=(like.dtype, like.device):
+        raise ValueError(f'{name} is {tuple(x.shape)}, {x.dtype} on {x.device}. '
+                         f'Give what it was: {tuple(like.shape)}, {like.dtype} on {like.device}.')
+    return x
+
 # %% ../nbs/10_loop.ipynb #f509da6c
 def ask_unet(
     parts: Parts,            # of the model that is asked
@@ -118,13 +126,14 @@ def ask_unet(
         parts = take_apart(parts)
         _check(parts, x_t, text, uncond, guidance_scale, combine)
         if not isinstance(t, Tensor): real_number('t', t, 500., 0, 1e6)
+        elif not t.isfinite().all(): raise ValueError('t holds a time that is not finite. Give times of the schedule.')
         elif t.numel() not in (1, len(x_t)): raise ValueError(f't has shape {tuple(t.shape)}. Give one time, or one for each picture.')
         words = read_texts(parts, text, uncond, guidance_scale)
     elif not isinstance(words, Tensor | dict if hasattr(parts.unet, 'read') else Tensor):
         raise TypeError(f'words is of type {type(words).__name__}. Give what read_texts made for this UNet, or leave it out.')
     ask = lambda x: parts.unet(x, t, encoder_hidden_states=words).sample
     if guidance_scale in (0, 1): return ask(x_t)
-    return combine(*ask(torch.cat([x_t, x_t])).chunk(2), guidance_scale)
+    return _kept_kind('what combine returns', combine(*ask(torch.cat([x_t, x_t])).chunk(2), guidance_scale), x_t)
 
 # %% ../nbs/10_loop.ipynb #6fb98a9d
 @dataclass
@@ -148,14 +157,6 @@ def scales_at(
     scale = guidance_scale if callable(guidance_scale) else lambda t: guidance_scale
     tensor('timesteps', timesteps)
     return [real_number(name, scale(t)) for t in timesteps.tolist()]
-
-# %% ../nbs/10_loop.ipynb #94b7d1f0
-def _kept_kind(name: str, x: Tensor, like: Tensor) -> Tensor:
-    "The tensor. TypeError or ValueError if it is not of the shape, the precision and the device of another."
-    if tensor(name, x).shape!=like.shape or (x.dtype, x.device)!=(like.dtype, like.device):
-        raise ValueError(f'{name} is now {tuple(x.shape)}, {x.dtype} on {x.device}. '
-                         f'Give what it was: {tuple(like.shape)}, {like.dtype} on {like.device}.')
-    return x
 
 # %% ../nbs/10_loop.ipynb #207abb75
 @torch.no_grad()
@@ -189,6 +190,7 @@ def denoise(
 def _starts(init_img, factor: int) -> list:
     "The pictures to start from, [None] for none. TypeError for anything but a picture, ValueError for sizes that do not fit."
     images = list(init_img) if isinstance(init_img, list | tuple) else [init_img]
+    if not images: raise ValueError('init_img is empty: give at least one picture, or leave it out.')
     for im in images:
         if init_img is not None and not isinstance(im, Image.Image):
             raise TypeError(f'init_img holds a {type(im).__name__}. Open a file with PIL.Image.open.')

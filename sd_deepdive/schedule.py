@@ -27,6 +27,7 @@ def weights_at(
     try: share = torch.as_tensor(alpha_bar).cpu()    # a check on a GPU would wait for it, and a Mac's has no float64
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f'alpha_bar={alpha_bar!r} is not a number. Give one from 0 to 1.') from None
+    if share.dtype is torch.bool or share.is_complex(): raise TypeError(f'alpha_bar holds {share.dtype}. Give numbers from 0 to 1.')
     if share.ndim==1 and len(share) in (1, len(like)): share = share.view(-1, *[1]*(like.ndim - 1))
     if share.numel()!=1 and (share.ndim!=like.ndim or share.numel()!=len(like) or len(share)!=len(like)):
         raise ValueError(f'alpha_bar has shape {tuple(share.shape)} for {len(like)} pictures. Give one, or one for each.')

@@ -19,7 +19,7 @@ from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
-from .checks import file_path, text, texts, whole_file
+from .checks import file_path, text, text as check_text, texts, whole_file
 from .parts import Parts
 
 # %% ../nbs/04_textual_inversion.ipynb #1766c344
@@ -29,6 +29,9 @@ def _pair(model) -> tuple:
     if not callable(tokenizer) or not hasattr(text_encoder, 'get_input_embeddings'):
         raise TypeError(f'model={reprlib.repr(model)} has no tokenizer and text_encoder. '
                         'Give a pipeline, or parts.')
+    if not hasattr(tokenizer, 'add_tokens') or not hasattr(text_encoder, 'resize_token_embeddings'):
+        raise TypeError('model has a tokenizer or a text encoder written by hand, which takes no new words. '
+                        'Give what load_pipeline() or sd_deepdive.parts.load_parts() returns.')
     return tokenizer, text_encoder
 
 # %% ../nbs/04_textual_inversion.ipynb #df8d663f
@@ -47,8 +50,8 @@ def word_vector(
 # %% ../nbs/04_textual_inversion.ipynb #c0378062
 def _one_vector(at: str, token, v) -> None:
     "An error that names the place, if this is not a token with one finite vector."
-    if not isinstance(token, str) or not token or token.split()!=[token]:
-        raise ValueError(f'{at} is not a token. Give text without spaces, such as "<lagoon>".')
+    if not isinstance(token, str) or not token or token.split()!=[token] or token=='__metadata__' or len(token) > 200 or not token.isprintable():
+        raise ValueError(f'{at} is not a token. Give short text without spaces, such as "<lagoon>".')
     if not isinstance(v, Tensor):
         raise ValueError(f'{at} has a {type(v).__name__} for a vector. Give a tensor of shape (width,).')
     if v.is_meta or v.layout is not torch.strided:
@@ -72,7 +75,7 @@ def _notes(metadata) -> dict[str, str]:
     "What a file says of itself. TypeError if it is not a dict of texts."
     if metadata is None: return {}
     told = isinstance(metadata, Mapping) and all(isinstance(t, str) for kv in metadata.items() for t in kv)
-    if told: return dict(metadata)
+    if told: return {check_text('metadata', k): check_text('metadata', v) for k, v in metadata.items()}
     raise TypeError(f'metadata={reprlib.repr(metadata)} is no dict of texts. Give {{"about": "a colour"}}.')
 
 # %% ../nbs/04_textual_inversion.ipynb #82ed38e0
@@ -175,9 +178,6 @@ def add_words(
 ) -> dict[str, int]:
     "Give a model new words; returns their ids. TypeError or ValueError, nothing changed, if one is unfit."
     tokenizer, text_encoder = _pair(model)
-    if not hasattr(tokenizer, 'add_tokens') or not hasattr(text_encoder, 'resize_token_embeddings'):
-        raise TypeError('model has a tokenizer or a text encoder written by hand, which takes no new words. '
-                        'Give what load_pipeline() or sd_deepdive.parts.load_parts() returns.')
     table = text_encoder.get_input_embeddings().weight
     if len(table)<len(tokenizer):
         raise ValueError(f'The table has {len(table)} rows for {len(tokenizer)} tokens. Load it again.')

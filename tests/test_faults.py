@@ -263,6 +263,54 @@ def test_weights_too_many_or_too_few(tmp_path, pipe, extra):
     for load in (load_pipeline, load_by_hand): plain(lambda: load(folder, 'cpu'), 'mid_block.more.weight is unexpected' if extra else 'conv_out.bias is missing')
 
 
+def swapped(folder):
+    "The ids of two words changed for one another."
+    ids = json.loads((file := folder/'vocab.json').read_text())
+    file.write_text(json.dumps(ids | {'red</w>': ids['apple</w>'], 'apple</w>': ids['red</w>']}))
+
+
+def backwards(folder):
+    "The merges in the wrong order."
+    first, *lines = (file := folder/'merges.txt').read_text().splitlines()
+    file.write_text('\n'.join([first, *lines[::-1]]))
+
+
+def told(**fields): return lambda folder: (folder/'tokenizer_config.json').write_text(json.dumps(json.loads((folder/'tokenizer_config.json').read_text()) | fields))
+
+
+TOKENIZERS = {'emptied': lambda folder: [file.unlink() for file in folder.iterdir()], 'no config': lambda folder: (folder/'tokenizer_config.json').unlink(), 'swapped': swapped, 'backwards': backwards,
+              'length': told(model_max_length=None), 'padding': told(pad_token='!'), 'end': told(eos_token='a</w>'), 'vocabulary': lambda folder: (folder/'vocab.json').write_text('[1, 2]')}
+
+
+@pytest.mark.parametrize('spoil', TOKENIZERS.values(), ids=TOKENIZERS)
+def test_tokenizers_that_read_something_else(tmp_path, pipe, spoil):
+    "A tokenizer that would read other tokens, or none, is refused, and the file is named."
+    pipe.save_pretrained(folder := tmp_path/'model')
+    for file in (embedded_folder()/'tokenizer').iterdir(): (folder/'tokenizer'/file.name).write_bytes(file.read_bytes())     # vocab.json and merges.txt
+    (folder/'tokenizer'/'tokenizer.json').unlink(missing_ok=True)
+    for load in (load_pipeline, load_by_hand): load(folder, 'cpu')
+    spoil(folder/'tokenizer')
+    for load in (load_pipeline, load_by_hand): plain(lambda: load(folder, 'cpu'), 'tokenizer', kind=(ValueError, TypeError))
+
+
+@pytest.mark.parametrize('rows, words', [('file,caption,patient\na.png,one, two,P1\n', 'quotes'), ('file,caption,file,patient\na.png,one,b.png,P1\n', 'two columns')], ids=['comma', 'twice'])
+def test_captions_that_slip(tmp_path, rows, words):
+    "A comma without quotes would make a part of the caption the patient."
+    (tmp_path/'captions.csv').write_text(rows)
+    plain(lambda: read_captions(tmp_path, tmp_path/'captions.csv'), 'captions.csv', words)
+
+
+ODD = {'no picture to start from': (lambda parts: make_samples(parts, 'a bell', init_img=[]), 'init_img'), 'a large scale': (lambda parts: make_samples(parts, 'a bell', g=10**400), 'g='),
+       'another precision': (lambda parts: list(denoise(parts, torch.randn(1, 4, 8, 8), *torch.randn(2, 1, 77, 16), 3., 3, combine=lambda a, b, g: a.half())), 'combine'),
+       'a name that safetensors keeps': (lambda parts: add_words(parts, {'__metadata__': torch.ones(16)}), '__metadata__')}
+
+
+@pytest.mark.parametrize('call, words', ODD.values(), ids=ODD)
+def test_odd(parts, call, words):
+    "What a stranger tried."
+    plain(lambda: call(parts), words)
+
+
 def test_words_for_networks_by_hand():
     "They take none, and say so."
     plain(lambda: add_words(load_by_hand(device='cpu'), {'<x>': torch.zeros(128)}), 'by hand', 'load_parts', kind=TypeError)

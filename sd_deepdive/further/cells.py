@@ -32,6 +32,11 @@ class Cells:
     stain: str = 'purple'    # or 'pink', 'brown'
     dividing: bool = False   # one of them
 
+    def __post_init__(self):
+        whole_number('count', self.count, 1, len(NUMBERS))
+        for name, known in (('shape', FORMS), ('stain', STAINS)):
+            if (given := getattr(self, name)) not in [*known]: raise ValueError(f'{name}={given!r} is not known. Give one of {", ".join(known)}.')
+
     @property
     def caption(self) -> str:
         many, end = ('s', ', one dividing') if self.count > 1 else ('', ', dividing')

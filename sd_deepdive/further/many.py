@@ -159,7 +159,7 @@ def is_drawn(
         with Image.open(file) as image:
             said = {name: image.info.get(name) for name in about}
             image.verify()
-    except (OSError, SyntaxError, ValueError): return False     # not there, or cut short
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError): return False     # not there, or cut short
     wanted = {name: str(value) for name, value in about.items()}
     for name in about:
         if said[name]!=wanted[name]:
@@ -187,7 +187,7 @@ def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None
     sides = {name: side(name, parts.side if value is None else value, parts.factor)
              for name, value in dict(height=height, width=width).items()}
     begin(parts.scheduler, steps, name='steps')     # refuses steps that cannot be walked
-    return dict(model=str(model), fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
+    return dict(model=texts('model', [str(model)])[0], fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
                 g=real_number('g', g), steps=int(steps), **sides,
                 dtype=str(parts.dtype).removeprefix('torch.'))
 
@@ -243,6 +243,7 @@ def draw_many(
 ) -> list[Path]:
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
+    if not isinstance(wishes, Sequence) or isinstance(wishes, str): raise TypeError(f'wishes is of type {type(wishes).__name__}. Use number_wishes(prompts).')
     parts, acc, folder, wishes = take_apart(parts), acc or accelerator(), file_path('folder', folder), list(wishes)
     if not hasattr(acc, 'process_index'): raise TypeError(f'acc is of type {type(acc).__name__}. Give accelerator(), or leave it out.')
     if not wishes: raise ValueError('wishes is empty: give at least one.')

@@ -58,12 +58,15 @@ def read_captions(
     if not Path(captions).is_file():
         raise FileNotFoundError(f'{captions} is not there. Give a table with the captions.')
     try:
-        with captions.open(newline='', encoding='utf-8-sig') as f: rows = [*csv.DictReader(f)]
+        with captions.open(newline='', encoding='utf-8-sig') as f: reader = csv.DictReader(f); rows = [*reader]
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{name} cannot be read: {e}. Save it as CSV in UTF-8.') from None
     if not rows or not {'file', 'caption'} <= rows[0].keys():
         found = ', '.join(map(str, rows[0])) if rows else 'no line'
         raise ValueError(f"{name} has {found}. Give it the columns 'file' and 'caption', and lines.")
+    if len({*(names := reader.fieldnames)}) < len(names): raise ValueError(f'{name} has two columns of one name. Keep one of each: {", ".join(dict.fromkeys(names))}.')
+    if split := [row['caption'] for row in rows if None in row]:
+        raise ValueError(f'{name} has more values than columns after {split[0]!r}. Put quotes around a caption with a comma.')
     cell = lambda row, name: (row.get(name) or '').strip()
     if group and (without := [n for n, row in enumerate(rows, 2) if not cell(row, group)]):
         others = f' and {len(without) - 1} more' if without[1:] else ''
@@ -207,7 +210,7 @@ def _lora(
 def _check_training(steps: int, lr: float, batch: int, rank: int, every: int) -> None:
     "TypeError or ValueError for numbers that cannot be, before anything is begun."
     for name, value in dict(steps=steps, batch=batch, every=every).items(): whole_number(name, value, 1)
-    whole_number('rank', rank, 0); real_number('lr', lr, 1e-3, least=1e-9)
+    whole_number('rank', rank, 0, 4096); real_number('lr', lr, 1e-3, least=1e-9)
 
 
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
@@ -266,6 +269,12 @@ def copies(
     return which, [1 - c for c in cosine], 1 - max(nearest(held, train)[1])
 
 # %% ../../nbs/26_your_own_pictures.ipynb #21a04131
+def _model_place(folder: Path) -> Path:
+    "The folder. ValueError if something else than a model is there."
+    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'model_index.json').is_file():
+        raise ValueError(f'folder={str(folder)!r} holds something else than a model. Give a new one.')
+    return folder
+
 def _take_place(new: Path, folder: Path, old: Path) -> None:
     "Put a new folder where there may be one; that one is put back if this fails."
     if folder.exists(): folder.replace(old)
@@ -281,9 +290,7 @@ def save_model(
 ) -> None:
     """Write a model in the layout of diffusers, as a whole or not at all. ValueError for a folder of something else,
     OSError if it cannot be written."""
-    folder, parts = file_path('folder', folder), take_apart(parts)
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'model_index.json').is_file():
-        raise ValueError(f'folder={str(folder)!r} holds something else than a model. Give a new one.')
+    folder, parts = _model_place(file_path('folder', folder)), take_apart(parts)
     named = {name: getattr(parts, name) for name in PARTS}
     none = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     try:
@@ -305,6 +312,9 @@ def _sides(parts: Parts, folder: Path, captions: Path | None, group: str, share:
 # %% ../../nbs/26_your_own_pictures.ipynb #b0b62840
 def _claim(out: Path, latents: Tensor, captions: list[str], **settings: float) -> None:
     "Begin a run in a folder, or go on with it. ValueError if the folder holds one of other pictures or settings."
+    if out.is_dir() and any(out.iterdir()) and not (out/'run.json').is_file():
+        raise ValueError(f'out={str(out)!r} holds files and no run.json. Give an empty folder, or a new one.')
+    _model_place(out/'model')
     data = hashlib.sha256(repr(captions).encode() + latents.numpy().tobytes()).hexdigest()[:12]
     same_run(out/'run.json', dict(data=data) | settings)
 

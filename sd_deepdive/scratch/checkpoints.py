@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from fastcore.basics import patch
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
-from ..places import find_device
+from ..checks import file_path
+from ..places import find_device, find_dtype
 from .configs import FIELDS, WRITTEN, read_config, read_json
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -36,6 +37,7 @@ def weight_files(
 ) -> list[Path]:
     """The files that hold a network's weights, in full precision if there is a choice: one, or the
     shards that an index names. ValueError if there are none, or the index names none."""
+    folder = file_path('folder', folder)
     for variant in ('', '.fp16', '.bf16', '.non_ema'):
         for name in ('model', 'diffusion_pytorch_model'):
             file = folder/f'{name}{variant}.safetensors'
@@ -60,6 +62,7 @@ def read_weights(
     """The tensors of a folder by today's names, each converted as it is read. ValueError if there
     are none, a file is damaged, or one weight is there twice, by an old name and by today's."""
     weights, keys, device = {}, {}, find_device(device)
+    dtype = None if dtype is None else find_dtype(dtype, device)
     for file in weight_files(folder):
         try:
             with safe_open(file, 'pt') as saved:
@@ -188,10 +191,10 @@ def from_pretrained(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f'dtype={dtype!r} is not a floating type. Give torch.float16, for '
                         'instance.')
-    if not isinstance(memory_format, torch.memory_format):
+    if memory_format not in (torch.contiguous_format, torch.channels_last):
         raise TypeError(f'memory_format={memory_format!r} is not a memory format. Give '
                         'torch.channels_last, for instance.')
-    folder = Path(folder)
+    folder = file_path('folder', folder)
     try:
         with unfilled():
             network = cls(read_json(folder/'config.json'))
@@ -205,6 +208,7 @@ def read_merges(
     folder: Path,  # of a tokenizer
 ) -> tuple[list[tuple[str, str]], dict[str, int]]:
     "The merges of a folder, and its tokens with their ids. ValueError if they cannot be read."
+    folder = file_path('folder', folder)
     file = folder/'merges.txt'
     try:
         if file.is_file():

@@ -26,7 +26,7 @@ def read_json(
     except FileNotFoundError:
         raise ValueError(f'{file} is missing. Give the folder of this part, such as .../vae or '
                          '.../tokenizer.') from None
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         raise ValueError(f'{file} cannot be read ({e}). Copy the folder again.') from None
     if not isinstance(held, dict):
         raise ValueError(f'{file} holds a {type(held).__name__}, no fields. Copy the folder again.')

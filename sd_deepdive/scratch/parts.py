@@ -10,6 +10,7 @@ __all__ = ['load_sampler', 'load_parts']
 # %% ../../nbs/17_all_by_hand.ipynb #1158b18b
 import torch
 from pathlib import Path
+from ..checks import file_path
 from ..hub import find_folder
 from ..parts import Parts
 from ..places import EMBEDDED, PARTS, find_device, find_dtype
@@ -25,6 +26,7 @@ def load_sampler(
     folder: Path,   # with a scheduler_config.json
 ) -> Sampler:
     "The sampler that a model was saved with. ValueError for one that is not written here."
+    folder = file_path('folder', folder)
     config = read_json(folder/'scheduler_config.json')
     for kind in SAMPLERS.values():
         if config.get('_class_name')==kind.library:

@@ -82,8 +82,8 @@ def ancestral_step(
     ValueError for a step that leads up, or for an eta that is no share."""
     _check(sigma, sigma_next, x=x, noise=noise, fresh=fresh)
     real_number('eta', eta, 1., 0, 1)
-    if torch.as_tensor(sigma_next>sigma).any():
-        raise ValueError(f'sigma={sigma}, sigma_next={sigma_next} is a step up. '
+    if torch.as_tensor((sigma_next>sigma) | (sigma==0)).any():
+        raise ValueError(f'sigma={sigma}, sigma_next={sigma_next} is no step down. '
                          'Give a smaller sigma_next.')
     up = eta*sigma_next*(1 - (sigma_next/sigma)**2)**.5
     down = (sigma_next**2 - up**2)**.5

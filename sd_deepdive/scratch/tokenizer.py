@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from fastcore.basics import AttrDict, patch
 from itertools import chain, pairwise
 from pathlib import Path
-from ..checks import texts, whole_number
+from ..checks import file_path, texts, whole_number
 from .checkpoints import read_merges
 from .configs import read_json
 
@@ -57,8 +57,9 @@ def from_pretrained(
 ) -> 'Tokenizer':
     """The tokenizer of a folder. ValueError if its merges cannot be read or do not give its ids,
     TypeError or ValueError if its config gives no whole number of tokens to read."""
-    merges, ids = read_merges(Path(folder))
-    config = Path(folder)/'tokenizer_config.json'
+    folder = file_path('folder', folder)
+    merges, ids = read_merges(folder)
+    config = folder/'tokenizer_config.json'
     most = read_json(config).get('model_max_length', 77) if config.is_file() else 77
     tokenizer = cls(merges, whole_number(f'{config}: model_max_length', most, 2))
     if tokenizer.ids!=ids:

@@ -138,7 +138,7 @@ def save_tower(
     path: Path,    # .safetensors
 ) -> None:
     "Everything but the text encoder, in half precision: picture tower, projection, temperature."
-    of_kind('model', model, Clip, 'a pair, such as load_clip()')
+    of_kind('model', model, nn.Module, 'a pair, such as load_clip()')
     rest = {name: w.half() for name, w in model.state_dict().items() if not name.startswith('text.')}
     with whole_file(path) as part: save_file(rest, part)
 

@@ -20,6 +20,7 @@ from diffusers.training_utils import EMAModel
 from fastcore.basics import patch, store_attr
 from pathlib import Path
 from pickle import UnpicklingError
+from struct import error as StructError
 import torch
 from ..checks import file_path, of_kind, real_number, tensor, whole_file, whole_number
 from ..images import image_grid
@@ -113,7 +114,7 @@ def read_state(
             warnings.simplefilter('ignore')     # torch remarks on pickles of other kinds, then refuses them
             state = torch.load(path, map_location='cpu', weights_only=True)
     except UnpicklingError: why = 'it holds more than tensors, or is damaged'
-    except (RuntimeError, ValueError, LookupError, EOFError): why = 'it is cut short or damaged'
+    except (RuntimeError, ValueError, LookupError, EOFError, StructError): why = 'it is cut short or damaged'
     except OSError as e: why = e.strerror
     else:
         if isinstance(state, dict): return state

@@ -73,6 +73,7 @@ def nearest(
 ) -> tuple[list[int], list[float]]:
     "For each picture, which drawing is nearest, and the cosine between the two."
     tensor('made', made, 'M width'); tensor('known', known, f'N {made.shape[1]}', like=made)
+    if not (made.isfinite().all() and known.isfinite().all()): raise ValueError('made or known has values that are not finite. Give features of pictures.')
     cosine, which = (made @ known.T).max(1)
     return which.tolist(), cosine.tolist()
 
