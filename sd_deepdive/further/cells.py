@@ -33,14 +33,15 @@ class Cells:
     dividing: bool = False   # one of them
 
     def __post_init__(self):
-        whole_number('count', self.count, 1, len(NUMBERS))
+        whole_number('count', self.count, 1)
         for name, known in (('shape', FORMS), ('stain', STAINS)):
             if (given := getattr(self, name)) not in [*known]: raise ValueError(f'{name}={given!r} is not known. Give one of {", ".join(known)}.')
 
     @property
     def caption(self) -> str:
         many, end = ('s', ', one dividing') if self.count > 1 else ('', ', dividing')
-        return f'{NUMBERS[self.count - 1]} {self.shape} {self.stain} cell{many}' + end*self.dividing
+        number = NUMBERS[self.count - 1] if self.count <= len(NUMBERS) else self.count
+        return f'{number} {self.shape} {self.stain} cell{many}' + end*self.dividing
 
 # %% ../../nbs/00_cells.ipynb #c842d773
 def cells_of(
