@@ -115,7 +115,7 @@ def tensor(
     name: str,         # of the argument
     value: object,     # what was given for it
     shape: str = '',   # its dimensions, such as 'B 4 h w': a number has to be that, a name may be any; default: all of them
-    like: Tensor | None = None,   # of the precision and on the device that it has to have; default: any
+    like: Tensor | torch.nn.Module | None = None,   # a tensor, or a network, of the precision and on the device that it has to have; default: any
     hollow: bool = False,         # whether it may be on the device meta, where tensors have shapes and no values
 ) -> Tensor:
     """The value. TypeError if it is no dense tensor of numbers, ValueError if it has other dimensions, nothing in it,

@@ -17,10 +17,12 @@ from io import StringIO
 from math import ceil
 from numbers import Real
 from pathlib import Path
+from shutil import copyfile
+from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 from PIL import Image
 from fastdownload import FastDownload, download_url
-from .checks import pair_wishes, real_number, text, whole_number
+from .checks import file_path, pair_wishes, real_number, text, whole_file, whole_number
 from .images import TooLarge, fit_picture, load_picture
 from .models import StableDiffusionPipeline, draw_in_batches
 from .schedule import set_timesteps
@@ -88,34 +90,33 @@ def image_to_image(
 
 # %% ../nbs/03_image_to_image.ipynb #48db03b6
 def _place(url: str, folder: str | Path | None) -> Path:
-    "The file for what lies at an address; its folder is made. TypeError or ValueError for what cannot be."
+    "The file for what lies at an address. TypeError or ValueError for what cannot be."
     text('url', url, 'an address')
     try: (address := urlsplit(url)).port     # asking for the port checks it
     except ValueError: address = None
     if not address or address.scheme not in ('http', 'https', 'file') or not url.isprintable():
         raise ValueError(f'url={url[:100]!r} is not an address. Give one that begins with https://')
-    if not isinstance(folder, str | Path | None):
-        raise TypeError(f'folder is of type {type(folder).__name__}. Give a path, as text or as a Path.')
     try:
-        folder = FastDownload().arch_path() if folder is None else Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, ValueError) as e:
-        why = getattr(e, 'strerror', None) or e
-        raise ValueError(f'folder={str(folder)[:100]!r} cannot be used ({why}). Give another one.') from None
+        folder = FastDownload().arch_path() if folder is None else file_path('folder', folder)
+        there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        why = '' if there.is_dir() else f'{there.name} is a file'
+    except OSError as e: why = e.strerror
+    if why: raise ValueError(f'folder={str(folder)[:100]!r} cannot be used ({why}). Give another one.') from None
     return folder/f'{sha256(url.encode()).hexdigest()[:20]}{Path(address.path).suffix[:8]}'
 
 # %% ../nbs/03_image_to_image.ipynb #99e5c71e
 def _download(url: str, file: Path):
     "Fetch what lies at an address into a file; only what came whole is kept. ConnectionError for no answer."
-    part = file.with_name(f'{file.name}.part')
-    try:
-        with redirect_stdout(StringIO()): download_url(url, part, timeout=30, show_progress=False)
-        part.replace(file)
-    except (OSError, HTTPException, NameError, ValueError) as e:   # NameError: how fastcore says "cut short"
-        reason = 'cut short' if isinstance(e, NameError) else getattr(e, 'reason', e)
-        why = getattr(reason, 'strerror', None) or f'{reason} '.splitlines()[0].strip()
-        raise ConnectionError(f'{url} could not be fetched ({why}). Check address and network, '
-                              'or open a file of yours with PIL.Image.open.') from None
+    with TemporaryDirectory() as elsewhere:     # nothing is left behind, whatever happens
+        part = Path(elsewhere)/file.name
+        try:
+            with redirect_stdout(StringIO()): download_url(url, part, timeout=30, show_progress=False)
+        except (OSError, HTTPException, NameError, ValueError) as e:   # NameError: how fastcore says "cut short"
+            reason = 'cut short' if isinstance(e, NameError) else getattr(e, 'reason', e)
+            why = getattr(reason, 'strerror', None) or f'{reason} '.splitlines()[0].strip()
+            raise ConnectionError(f'{url} could not be fetched ({why}). Check address and network, '
+                                  'or open a file of yours with PIL.Image.open.') from None
+        with whole_file(file) as place: copyfile(part, place)
 
 # %% ../nbs/03_image_to_image.ipynb #37e2337f
 def fetch_picture(

@@ -8,6 +8,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/schedulers.html.md"""
 __all__ = ['SCHEDULERS', 'LMSScheduler', 'PLMSScheduler', 'fresh', 'with_scheduler']
 
 # %% ../nbs/00_schedulers.ipynb #989ec91b
+import inspect
 from dataclasses import replace
 import torch
 from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
@@ -65,4 +66,9 @@ def with_scheduler(
     if not isinstance(name, str) or name not in SCHEDULERS:
         raise ValueError(f'name={name!r} is not a scheduler. Take one of {", ".join(SCHEDULERS)}.')
     kind, needs = SCHEDULERS[name]
-    return replace(parts, scheduler=kind(**trained(parts.scheduler) | needs | options))
+    known = [*inspect.signature(kind.__init__).parameters][1:]
+    if unknown := [option for option in options if option not in known]:
+        raise ValueError(f'{unknown[0]} is no option of {name}. Take one of {", ".join(known)}.')
+    try: return replace(parts, scheduler=kind(**trained(parts.scheduler) | needs | options))
+    except (TypeError, ValueError, NotImplementedError) as e:
+        raise ValueError(f'options={options!r} do not fit {name} ({f"{e} ".splitlines()[0].strip()}). Leave them out, or give others.') from None

@@ -85,7 +85,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict]]:
     "Objects and the numbers of their lines. ValueError for a line that holds none, or other names."
     for n, line in _lines(text):
         try: row = json.loads(line)
-        except ValueError: row = None
+        except (ValueError, RecursionError): row = None
         if not isinstance(row, dict): raise ValueError(f'line {n} is no JSON object. Write {{"prompt": "..."}}.')
         _check_names(n, [*row])
         yield n, row
@@ -101,7 +101,7 @@ def _wish(row: dict, seed: int) -> Wish:
     given = {name: value for name, value in row.items() if value not in (None, '')}
     own = given.get('seed', seed)
     if isinstance(own, str):     # as a table has it
-        if not own.strip().removeprefix('-').isdecimal(): raise ValueError(f'seed={own!r} is not a whole number. Give one, such as 7.')
+        if not own.strip().removeprefix('-').isdecimal() or len(own) > 30: raise ValueError(f'seed={own[:30]!r} is not a whole number. Give one, such as 7.')
         own = int(own)
     return Wish(given.get('prompt', ''), own, given.get('negative_prompt', ''))
 
@@ -144,7 +144,7 @@ def write_picture(
     "Write a PNG with text fields, as a whole or not at all. OSError if it cannot be written."
     of_kind('about', about, dict, 'texts by name')
     image, info = load_picture(image), PngInfo()
-    for name, value in about.items(): info.add_itxt(str(name), str(value))
+    for name, value in about.items(): info.add_itxt(*texts('about', [str(name), str(value)]))
     with whole_file(file) as part: image.save(part, 'png', pnginfo=info)
 
 # %% ../../nbs/00_many_pictures.ipynb #a085ac74

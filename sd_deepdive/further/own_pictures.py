@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
 from tempfile import TemporaryDirectory
-from ..checks import file_path, in_one_line, of_kind, real_number, tensor, whole_number
+from ..checks import file_path, in_one_line, of_kind, real_number, tensor, text as one_text, whole_number
 from ..images import fit_picture
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, quiet
@@ -79,8 +79,8 @@ def _fault(parts: Parts, example: Example) -> str:
     "What is wrong with one line; empty if nothing is."
     if not example.caption: return 'has no caption'
     if lost := cut_off(parts.tokenizer, example.caption): return f'has a caption too long, by "{lost[:20]}"'
-    if not example.file.is_file(): return 'is not there'
     try:
+        if not file_path('file', example.file).is_file(): return 'is not there'
         with warnings.catch_warnings():
             # a small file can hold as many pixels as fill the memory
             warnings.simplefilter('error', Image.DecompressionBombWarning)
@@ -114,7 +114,7 @@ def is_held_out(
 ) -> bool:
     """Whether a group is kept back: decided by its name alone, so it stays so when others come or go. TypeError for
     what is no name."""
-    if not isinstance(group, str): raise TypeError(f'group={group!r} is not text. Give the name of a group.')
+    one_text('group', group, 'the name of a group')
     number = int.from_bytes(hashlib.sha256(group.encode()).digest()[:8])
     return number < real_number('share', share, .2, 0, 1)*2**64
 
@@ -125,7 +125,7 @@ def split(
 ) -> tuple[list[Example], list[Example]]:
     "Those to train on, and those held out, no group in both. ValueError if one side is empty."
     examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
-    if not 0 < real_number('share', share) < 1: raise ValueError(f'share={share} is no part. Give one between 0 and 1.')
+    if not 0 < real_number('share', share, .2) < 1: raise ValueError(f'share={share} is no part. Give one between 0 and 1.')
     held = [e for e in examples if is_held_out(e.group, share)]
     train = [e for e in examples if not is_held_out(e.group, share)]
     if not held or not train:
@@ -345,8 +345,9 @@ def own_pictures(
 ) -> None:
     "From a folder of pictures and a table of captions to a model."
     _check_training(steps, lr, batch, rank, every)
-    parts, out = load_parts(dtype=torch.float32), Path(out)
-    train, held = _sides(parts, Path(folder), captions, group, share)
+    folder, out, group = file_path('folder', folder), file_path('out', out), one_text('group', group)
+    parts = load_parts(dtype=torch.float32)
+    train, held = _sides(parts, folder, captions, group, share)
     (latents, said), (unseen, asked) = ((encode(parts, side), [e.caption for e in side]) for side in (train, held))
     _claim(out, latents, said, share=share, steps=steps, batch=batch, lr=lr, rank=rank)
     before = held_out_loss(parts, unseen, asked)

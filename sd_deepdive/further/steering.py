@@ -129,6 +129,7 @@ def colour_loss(
     colour, or no mask."""
     try: levels = [real_number('colour', v) for v in getattr(colour, 'tolist', lambda: colour)()]
     except TypeError: levels = []
+    if isinstance(colour, set | dict): levels = []
     if len(levels)!=3 or not all(0 <= v <= 1 for v in levels):
         raise ValueError(f'colour={colour!r} is no colour. Give red, green and blue, each from 0 to 1.')
     if mask is not None and not (mask := _mask(mask)).any():
@@ -266,6 +267,7 @@ def token_weights(
     "A weight for each token (length,): 1 where none was given, and for start, end and filling."
     texts('plain', [plain])
     weights = torch.ones(whole_number('length', length, 2))
+    for *_, weight in spans: real_number('weight', weight, 1.3)
     for k, (a, b) in enumerate(tokenizer(plain, return_offsets_mapping=True, verbose=False).offset_mapping[1:-1], 1):
         for start, end, weight in spans:
             if a < end and b > start and k < length - 1: weights[k] = weight

@@ -210,12 +210,12 @@ class Autoencoder(Network):
     def encode(self, pixels: Tensor, **options) -> Encoded:
         "Pixels (B, 3, H, W), -1 to 1, to latents (B, 4, H/8, W/8), not scaled, as distributions."
         refuse(options)
-        tensor('pixels', pixels, f'B {self.config.in_channels} H W', hollow=True)
+        tensor('pixels', pixels, f'B {self.config.in_channels} H W', like=self, hollow=True)
         mean, logvar = self.quant_conv(self.encoder(pixels)).chunk(2, 1)
         return Encoded(Gaussian(mean, logvar.clamp(-30, 20)))
 
     def decode(self, latents: Tensor, **options) -> Sample:
         "Latents (B, 4, h, w), not scaled any more, to pixels (B, 3, 8h, 8w), about -1 to 1."
         refuse(options)
-        tensor('latents', latents, f'B {self.config.latent_channels} h w', hollow=True)
+        tensor('latents', latents, f'B {self.config.latent_channels} h w', like=self, hollow=True)
         return Sample(self.decoder(self.post_quant_conv(latents)))

@@ -193,6 +193,7 @@ def karras(
     n = whole_number('n', n, 1, 10**6)
     for name, level in dict(largest=largest, smallest=smallest).items():
         real_number(name, level, 1., least=0)
+    real_number('rho', rho, 7., least=1e-3)
     return np.linspace(largest**(1/rho), smallest**(1/rho), n)**rho
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #710517a0

@@ -253,10 +253,10 @@ def forward(
     that do not fit. Ho et al. 2020, arXiv:2006.11239, eq. 11."""
     refuse(options)
     text, config = encoder_hidden_states, self.config
-    tensor('sample', sample, f'B {config.in_channels} h w', hollow=True)
+    tensor('sample', sample, f'B {config.in_channels} h w', like=self, hollow=True)
     if not isinstance(text, KeysValues):
         tensor('encoder_hidden_states', text,
-               f'{len(sample)} tokens {config.cross_attention_dim}', hollow=True)
+               f'{len(sample)} tokens {config.cross_attention_dim}', like=self, hollow=True)
     time, kept = self.embed_time(timestep, sample), [self.conv_in(sample)]
     for row in self.down():
         kept.append(run(row, kept[-1], time, text))

@@ -225,6 +225,7 @@ def load_lora(
         raise ValueError(f'{path} cannot be read ({e}). Give a file that save_lora wrote.') from None
     if shapes(saved)!=shapes(changes(network)):
         raise ValueError(f'{path} was saved from other layers. Use the same names and rank in add_lora.')
+    if not all(w.isfinite().all() for w in saved.values()): raise ValueError(f'{path} has values that are not finite. Train it again.')
     network.load_state_dict(saved, strict=False)
 
 # %% ../../nbs/22_training_a_new_word.ipynb #3083c633

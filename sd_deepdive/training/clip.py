@@ -22,7 +22,7 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from ..checks import in_one_line, of_kind, real_number, tensor, texts as check_texts, whole_file, whole_number
+from ..checks import file_path, in_one_line, of_kind, real_number, tensor, texts as check_texts, whole_file, whole_number
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..models import quiet
 from ..places import embedded_folder
@@ -151,7 +151,7 @@ def load_clip(
     with quiet(): text = text or CLIPTextModel.from_pretrained(embedded_folder()/'text_encoder').float()
     if text.dtype!=torch.float32: text = deepcopy(text).float()     # that of a model in half precision
     model = Clip(text)
-    file = Path(tower or str(files('sd_deepdive')/'data'/'picture_tower.safetensors'))
+    file = Path(str(files('sd_deepdive')/'data'/'picture_tower.safetensors')) if tower is None else file_path('tower', tower)
     try: weights = load_file(file)
     except (SafetensorError, OSError) as e:
         raise ValueError(f'tower={str(file)!r} cannot be read ({e}). Give a file that save_tower wrote.') from None

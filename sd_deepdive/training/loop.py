@@ -75,6 +75,9 @@ class Trainer:
         ema_decay: float = .995,
         weight_decay: float = .01,
     ):
+        if not any(True for _ in of_kind('model', model, nn.Module, 'a network').parameters()): raise ValueError('model has no weights. Give a network that has some.')
+        whole_number('warmup', warmup, 0)
+        for name, part in dict(decay=decay, ema_decay=ema_decay, weight_decay=weight_decay).items(): real_number(name, part, .3, 0, 1)
         steps, seed = whole_number('steps', steps, 1), whole_number('seed', seed, 0)
         if real_number('lr', lr, 1e-3) <= 0: raise ValueError(f'lr={lr}: give a rate above 0, such as 1e-3.')
         store_attr('model,steps,lr,seed')

@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from ..checks import in_one_line, of_kind, tensor, whole_number
+from ..checks import file_path, in_one_line, of_kind, tensor, whole_number
 from scipy.linalg import eigvals
 from ..drawings import Drawing, check_drawings, read_drawings
 from ..parts import Parts, load_parts
@@ -36,7 +36,7 @@ def load_judge(
     path: Path | None = None,   # default: the judge that ships with the course
 ) -> PictureTower:
     "A picture tower that was trained apart from the model: another seed, all drawings."
-    path = path or Path(str(files('sd_deepdive')/'data'/'judge.safetensors'))
+    path = Path(str(files('sd_deepdive')/'data'/'judge.safetensors')) if path is None else file_path('path', path)
     try: weights = load_file(path)
     except (SafetensorError, OSError) as e:
         raise ValueError(f'path={str(path)!r} cannot be read ({e}). Give a file that save_tower wrote.') from None
