@@ -6,14 +6,16 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checks.html.md"""
 
 # %% auto #0
 __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'text', 'texts', 'tensor', 'of_kind', 'finite', 'same_shape',
-           'pair_up', 'pair_wishes', 'enough_memory', 'file_path', 'whole_file', 'in_one_line']
+           'noise_levels', 'past_noise', 'pair_up', 'pair_wishes', 'enough_memory', 'file_path', 'whole_file',
+           'in_one_line']
 
 # %% ../nbs/00_checks.ipynb #3f528517
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
+from itertools import pairwise
 from math import inf, isfinite
 from numbers import Integral, Real
 from pathlib import Path
@@ -167,6 +169,37 @@ def same_shape(
     for b, y in others:
         if x.shape!=y.shape:
             raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give tensors of one shape.')
+
+# %% ../nbs/00_checks.ipynb #6c1f7d25
+def noise_levels(*sigmas: float, **tensors: Tensor) -> None:
+    "TypeError or ValueError for what is no noise level, or for tensors of several shapes."
+    if tensors:
+        same_shape(**tensors)
+    for sigma in sigmas:
+        if not isinstance(sigma, Tensor):
+            real_number('sigma', sigma, 1., least=0)
+        elif not (tensor('sigma', sigma).isfinite() & (sigma>=0)).all():
+            raise ValueError(f'sigma is from {sigma.min()} to {sigma.max()}. Give 0 or more.')
+        elif sigma.numel()!=1 and any(x.shape!=sigma.shape for x in tensors.values()):
+            raise ValueError(f'sigma has shape {tuple(sigma.shape)}. Give one level, or x.shape.')
+
+
+# %% ../nbs/00_checks.ipynb #a90d1e37
+def past_noise(most: int, x: Tensor, sigmas: Sequence | None = None, **past: Sequence) -> None:
+    "ValueError for no earlier predictions, too many, or levels that do not belong to them."
+    (name, found), = past.items()
+    if not isinstance(found, list | tuple) or not 1<=len(found)<=most:
+        n = len(found) if isinstance(found, list | tuple) else type(found).__name__
+        raise ValueError(f'{name} holds {n} predictions. Give a list of 1 to {most}, newest first.')
+    noise_levels(x=x, **{f'{name}[{k}]': noise for k, noise in enumerate(found)})
+    if sigmas is None:
+        return
+    if not isinstance(sigmas, Sequence) or len(sigmas)!=len(found):
+        raise ValueError(f'sigmas={sigmas!r}: give a list with a level for each of {name}.')
+    noise_levels(*sigmas)
+    if any(b<=a for a, b in pairwise(sigmas)):
+        raise ValueError(f'sigmas={sigmas!r} do not rise. Give the newest first, the smallest.')
+
 
 # %% ../nbs/00_checks.ipynb #dfe375e5
 def pair_up(

@@ -83,7 +83,7 @@ def test_folder_as_fetched(other, tmp_path):
 BREAKS = [('model_index.json', dict(_class_name='StableDiffusionXLPipeline'), 'StableDiffusionXLPipeline.*does not describe'),
           ('unet/config.json', dict(addition_embed_type='text_time'), "addition_embed_type='text_time' is not written"),
           ('unet/config.json', dict(cross_attention_dim=16), 'to_k.weight has shape .* cross_attention_dim=16'),
-          ('scheduler/scheduler_config.json', dict(_class_name='UniPCMultistepScheduler'), 'UniPCMultistepScheduler.*not written.*PNDMScheduler'),
+          ('scheduler/scheduler_config.json', dict(_class_name='UniPCMultistepScheduler'), 'UniPCMultistepScheduler.*model_index.json .PNDMScheduler'),
           ('scheduler/scheduler_config.json', dict(prediction_type='v_prediction'), "prediction_type='v_prediction' is not written"),
           ('scheduler/scheduler_config.json', '{"_class_name": "PND', 'scheduler_config.json.*cut short or damaged'),
           ('scheduler/scheduler_config.json', '[]', 'scheduler_config.json holds a list'),
@@ -101,6 +101,12 @@ def test_broken_folder(other, tmp_path, name, change, message):
     file.write_text(json.dumps(json.loads(file.read_text()) | change) if isinstance(change, dict) else change)
     with pytest.raises(ValueError, match=message) as e: by_hand.load_parts(tmp_path)
     assert '\n' not in str(e.value)
+
+
+def test_another_scheduler(tmp_path):
+    "One that is not written here is named, with those that are."
+    (tmp_path/'scheduler_config.json').write_text('{"_class_name": "UniPCMultistepScheduler"}')
+    with pytest.raises(ValueError, match='UniPCMultistepScheduler.*not written.*PNDMScheduler'): by_hand.load_sampler(tmp_path)
 
 
 @pytest.mark.parametrize('part', ['tokenizer', 'text_encoder', 'unet', 'vae', 'scheduler'])

@@ -15,45 +15,13 @@ import torch
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fastcore.basics import AttrDict, patch
-from itertools import pairwise
 from torch import Tensor
 from typing import NamedTuple
-from ..checks import real_number, same_shape, tensor, whole_number
+from ..checks import noise_levels, past_noise, real_number, whole_number
 from ..parts import Parts, take_apart
 from ..schedule import trained
 from .configs import FIELDS, WRITTEN, read_config
 from ..seeds import generators
-
-# %% ../../nbs/16_samplers_by_hand.ipynb #6c1f7d25
-def _check(*sigmas: float, **tensors: Tensor) -> None:
-    "TypeError or ValueError for what is no noise level, or for tensors of several shapes."
-    if tensors:
-        same_shape(**tensors)
-    for sigma in sigmas:
-        if not isinstance(sigma, Tensor):
-            real_number('sigma', sigma, 1., least=0)
-        elif not (tensor('sigma', sigma).isfinite() & (sigma>=0)).all():
-            raise ValueError(f'sigma is from {sigma.min()} to {sigma.max()}. Give 0 or more.')
-        elif sigma.numel()!=1 and any(x.shape!=sigma.shape for x in tensors.values()):
-            raise ValueError(f'sigma has shape {tuple(sigma.shape)}. Give one level, or x.shape.')
-
-
-# %% ../../nbs/16_samplers_by_hand.ipynb #a90d1e37
-def _check_past(most: int, x: Tensor, sigmas: Sequence | None = None, **past: Sequence) -> None:
-    "The same for what was predicted before, and the levels where it was."
-    (name, found), = past.items()
-    if not isinstance(found, list | tuple) or not 1<=len(found)<=most:
-        n = len(found) if isinstance(found, list | tuple) else type(found).__name__
-        raise ValueError(f'{name} holds {n} predictions. Give a list of 1 to {most}, newest first.')
-    _check(x=x, **{f'{name}[{k}]': noise for k, noise in enumerate(found)})
-    if sigmas is None:
-        return
-    if not isinstance(sigmas, Sequence) or len(sigmas)!=len(found):
-        raise ValueError(f'sigmas={sigmas!r}: give a list with a level for each of {name}.')
-    _check(*sigmas)
-    if any(b<=a for a, b in pairwise(sigmas)):
-        raise ValueError(f'sigmas={sigmas!r} do not rise. Give the newest first, the smallest.')
-
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #b2845757
 def euler_step(
@@ -65,7 +33,7 @@ def euler_step(
     """Straight ahead, x + (sigma' - sigma) noise. Song et al. 2021 (DDIM), arXiv:2010.02502,
     eq. 13; Karras et al. 2022, arXiv:2206.00364, algorithm 1 without its correction.
     TypeError or ValueError for two shapes, or what is no noise level; so for all steps below."""
-    _check(sigma, sigma_next, x=x, noise=noise)
+    noise_levels(sigma, sigma_next, x=x, noise=noise)
     return x + (sigma_next - sigma)*noise
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #f78f5df2
@@ -80,7 +48,7 @@ def ancestral_step(
     """Down further than asked for, and up again with fresh noise. Song et al. 2021 (DDIM),
     arXiv:2010.02502, eq. 12 and 16; with eta = 1 Ho et al. 2020, arXiv:2006.11239, eq. 7.
     ValueError for a step that leads up, or for an eta that is no share."""
-    _check(sigma, sigma_next, x=x, noise=noise, fresh=fresh)
+    noise_levels(sigma, sigma_next, x=x, noise=noise, fresh=fresh)
     real_number('eta', eta, 1., 0, 1)
     if torch.as_tensor((sigma_next>sigma) | (sigma==0)).any():
         raise ValueError(f'sigma={sigma}, sigma_next={sigma_next} is no step down. '
@@ -98,7 +66,7 @@ def heun_step(
     sigma_next: float,    # where the step leads
 ) -> Tensor:
     "Along the mean of both predictions. Karras et al. 2022, arXiv:2206.00364, algorithm 1."
-    _check(x=x, noise=noise, noise_next=noise_next)
+    noise_levels(x=x, noise=noise, noise_next=noise_next)
     return euler_step(x, (noise + noise_next)/2, sigma, sigma_next)
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #41579448
@@ -113,7 +81,7 @@ def pndm_step(
 ) -> Tensor:
     """Along what the last predictions foretell, as if steps were even.
     Liu et al. 2022, arXiv:2202.09778, eq. 12. ValueError for no predictions."""
-    _check_past(4, x, noises=noises)
+    past_noise(4, x, noises=noises)
     terms = zip(ADAMS_BASHFORTH[len(noises) - 1], noises)
     return euler_step(x, sum(w*noise for w, noise in terms), sigma, sigma_next)
 
@@ -126,7 +94,7 @@ def lms_weights(
     ValueError for no levels."""
     if not isinstance(sigmas, Sequence) or not sigmas:
         raise ValueError(f'sigmas={sigmas!r}: give a list of at least one level.')
-    _check(*sigmas, sigma_next)
+    noise_levels(*sigmas, sigma_next)
     levels, weights = np.array(sigmas) - sigmas[0], []
     for k, here in enumerate(levels):
         others = np.delete(levels, k)
@@ -144,7 +112,7 @@ def lms_step(
     """Along the curve through the last predictions: Adams-Bashforth for steps that are not even.
     Hairer, Norsett and Wanner 1993, Solving Ordinary Differential Equations I, III.5.
     ValueError unless there is a level for each prediction."""
-    _check_past(4, x, sigmas, noises=noises)
+    past_noise(4, x, sigmas, noises=noises)
     return x + sum(w*noise for w, noise in zip(lms_weights(sigmas, sigma_next), noises))
 
 # %% ../../nbs/16_samplers_by_hand.ipynb #2acf88d5
@@ -156,8 +124,8 @@ def dpm_step(
 ) -> Tensor:
     """Towards the picture that the last two foretell.
     Lu et al. 2022 (DPM-Solver++), arXiv:2211.01095, algorithm 2."""
-    _check_past(2, x, sigmas, x0s=x0s)
-    _check(sigma_next, x=x)
+    past_noise(2, x, sigmas, x0s=x0s)
+    noise_levels(sigma_next, x=x)
     x0 = x0s[0]
     if len(x0s)==2 and sigma_next>0:
         step, before = np.log(sigmas[0]/sigma_next), np.log(sigmas[1]/sigmas[0])
