@@ -171,7 +171,10 @@ def same_shape(
             raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give tensors of one shape.')
 
 # %% ../nbs/00_checks.ipynb #6c1f7d25
-def noise_levels(*sigmas: float, **tensors: Tensor) -> None:
+def noise_levels(
+    *sigmas: float,      # one for a whole batch, or a tensor of one for each number
+    **tensors: Tensor,   # what they are of, by name
+) -> None:
     "TypeError or ValueError for what is no noise level, or for tensors of several shapes."
     if tensors:
         same_shape(**tensors)
@@ -185,7 +188,12 @@ def noise_levels(*sigmas: float, **tensors: Tensor) -> None:
 
 
 # %% ../nbs/00_checks.ipynb #a90d1e37
-def past_noise(most: int, x: Tensor, sigmas: Sequence | None = None, **past: Sequence) -> None:
+def past_noise(
+    most: int,                        # how many are used
+    x: Tensor,                        # what they were predicted in
+    sigmas: Sequence | None = None,   # where, the newest first; default: not asked for
+    **past: Sequence,                 # the predictions, under their name
+) -> None:
     "ValueError for no earlier predictions, too many, or levels that do not belong to them."
     (name, found), = past.items()
     if not isinstance(found, list | tuple) or not 1<=len(found)<=most:
