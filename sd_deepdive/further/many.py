@@ -228,6 +228,17 @@ def _begin(folder: Path, settings: dict, acc: Accelerator) -> None:
         except ValueError as e: problem = e
     if problem: raise problem     # behind the gate, so that none waits for another
 
+# %% ../../nbs/00_many_pictures.ipynb #e81b6f34
+def _checked(wishes: object, acc: object) -> list[Wish]:
+    "The wishes as a list. TypeError or ValueError for none, or for what is no accelerator."
+    if not hasattr(acc, 'process_index'): raise TypeError(f'acc is of type {type(acc).__name__}. Give accelerator(), or leave it out.')
+    if not isinstance(wishes, Sequence) or isinstance(wishes, str): raise TypeError(f'wishes is of type {type(wishes).__name__}. Use number_wishes(prompts).')
+    if not wishes: raise ValueError('wishes is empty: give at least one.')
+    if wrong := [w for w in wishes if not isinstance(w, Wish)]:
+        raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')
+    return list(wishes)
+
+
 # %% ../../nbs/00_many_pictures.ipynb #64b0b95c
 def draw_many(
     parts: Parts,                     # a pipeline will do too
@@ -243,12 +254,8 @@ def draw_many(
 ) -> list[Path]:
     """Draw what is not drawn yet of this process' share, and write each picture as soon as it is there; the files
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
-    if not isinstance(wishes, Sequence) or isinstance(wishes, str): raise TypeError(f'wishes is of type {type(wishes).__name__}. Use number_wishes(prompts).')
-    parts, acc, folder, wishes = take_apart(parts), acc or accelerator(), file_path('folder', folder), list(wishes)
-    if not hasattr(acc, 'process_index'): raise TypeError(f'acc is of type {type(acc).__name__}. Give accelerator(), or leave it out.')
-    if not wishes: raise ValueError('wishes is empty: give at least one.')
-    if wrong := [w for w in wishes if not isinstance(w, Wish)]:
-        raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')
+    parts, acc, folder = take_apart(parts), acc or accelerator(), file_path('folder', folder)
+    wishes = _checked(wishes, acc)
     settings = _settings(parts, model, g, steps, height, width)
     whole_number('batch_size', batch_size, 1)
     _begin(folder, settings, acc)

@@ -117,6 +117,26 @@ def things_at(
         if step < whole_number('stages', end, 1): return whole_number('stages', n, 1)
     raise ValueError(f'step={step} comes after the last stage. stages={[*stages]}: give one that ends later.')
 
+# %% ../../nbs/21_training_the_diffusion_model.ipynb #71c4e8a6
+def _groups(ready: Prepared, stages: Sequence[tuple[int, int]]) -> dict[int, Tensor]:
+    "By the number of things of a stage, which drawings show them. ValueError if none does."
+    showing = lambda n: torch.tensor([i for i, d in enumerate(ready.drawings) if d.thing in things(n)])
+    groups = {n: showing(n) for n, _ in stages}
+    if empty := [n for n, group in groups.items() if not len(group)]:
+        raise ValueError(f'stages has one of {empty[0]} things, and no drawing shows any of them. Give more.')
+    return groups
+
+
+# %% ../../nbs/21_training_the_diffusion_model.ipynb #9e06b2c5
+def _placings_and_captions(ready: Prepared, tinted: Tensor, integers: Callable) -> tuple[Tensor, Tensor]:
+    "For each picture of a batch which of its placings, and which of its captions: both on white, or both on one colour."
+    colours = len(BACKGROUNDS) - 1
+    white, captions = ready.latents.shape[1] - colours, ready.states.shape[1] - 2*colours
+    colour = integers(colours)
+    placing = torch.where(tinted, white + colour, integers(white))
+    return placing, torch.where(tinted, captions + 2*colour + integers(2), integers(captions))
+
+
 # %% ../../nbs/21_training_the_diffusion_model.ipynb #be76f016
 def diffusion_batches(
     ready: Prepared,                     # from `prepare`
@@ -129,20 +149,14 @@ def diffusion_batches(
 ) -> Callable:
     "`draw` for `Trainer.fit`: latents, states of a caption, a time, noise. ValueError without drawings."
     of_kind('ready', ready, Prepared, 'what prepare returns')
-    showing = lambda n: torch.tensor([i for i, d in enumerate(ready.drawings) if d.thing in things(n)])
-    groups = {n: showing(n) for n, _ in stages}
-    if empty := [n for n, group in groups.items() if not len(group)]:
-        raise ValueError(f'stages has one of {empty[0]} things, and no drawing shows any of them. Give more.')
-    first, colours = groups[things_at(0, stages)], len(BACKGROUNDS) - 1
-    white, captions = ready.latents.shape[1] - colours, ready.states.shape[1] - 2*colours
+    start, groups = things_at(0, stages), _groups(ready, stages)
+    first = groups[start]
     def draw(g: torch.Generator, step: int) -> dict[str, Tensor]:
         integers = lambda high: torch.randint(high, (batch,), generator=g)
         among = groups[things_at(step, stages)]
         i, tinted = among[integers(len(among))], torch.rand(batch, generator=g) < coloured
         if rehearse: i = torch.where(torch.rand(batch, generator=g) < rehearse, first[integers(len(first))], i)
-        colour = integers(colours)
-        placing = torch.where(tinted, white + colour, integers(white))
-        words = torch.where(tinted, captions + 2*colour + integers(2), integers(captions))
+        placing, words = _placings_and_captions(ready, tinted, integers)
         text = ready.states[i, words].float()
         text[torch.rand(batch, generator=g) < drop] = ready.empty.float()
         noise = torch.randn(batch, *ready.latents.shape[2:], generator=g)
