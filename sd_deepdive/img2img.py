@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 from urllib.parse import urlsplit
 from PIL import Image
 from fastdownload import FastDownload, download_url
-from .checks import file_path, pair_wishes, real_number, text, whole_file, whole_number
+from .checks import file_path, of_kind, pair_wishes, real_number, text, whole_file, whole_number
 from .images import TooLarge, fit_picture, load_picture
 from .models import StableDiffusionPipeline, draw_in_batches
 from .schedule import set_timesteps
@@ -35,9 +35,7 @@ def img2img_pipeline(
     pipe: StableDiffusionPipeline, # from `load_pipeline`
 ) -> StableDiffusionImg2ImgPipeline:
     "The same parts for image to image, DDIM steps over the same noise levels. TypeError for no pipeline."
-    if not isinstance(pipe, StableDiffusionPipeline):
-        shown = ' '.join(reprlib.repr(pipe).split())
-        raise TypeError(f'pipe={shown} is not a pipeline. Give what load_pipeline() returns.')
+    of_kind('pipe', pipe, StableDiffusionPipeline, 'what load_pipeline() returns')
     steps = DDIMScheduler.from_config(pipe.scheduler.config, clip_sample=False)
     made = StableDiffusionImg2ImgPipeline(**pipe.components | dict(scheduler=steps),
                                           requires_safety_checker=pipe.safety_checker is not None)

@@ -8,7 +8,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/text_to_image.html.md"""
 __all__ = ['quiet', 'load_pipeline', 'draw_in_batches', 'text_to_image']
 
 # %% ../nbs/01_text_to_image.ipynb #261fe24c
-import json, logging, re, reprlib
+import json, logging, re
 import diffusers, transformers
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from textwrap import shorten
 from PIL import Image
 from safetensors import safe_open
-from .checks import enough_memory, finite, pair_wishes, real_number, side, whole_number
+from .checks import enough_memory, finite, of_kind, pair_wishes, real_number, side, whole_number
 from .hub import find_folder
 from .places import EMBEDDED, PARTS, SD1, WEIGHTED, find_device, find_dtype, find_model
 from .schedule import set_timesteps
@@ -148,9 +148,7 @@ def text_to_image(
     batch_size: int = 8,                 # pictures computed at a time
 ) -> list[Image.Image]:
     "A picture for each prompt and seed, independent of the others. ValueError or TypeError for a wrong argument."
-    if not isinstance(pipe, StableDiffusionPipeline):
-        shown = ' '.join(reprlib.repr(pipe).split())
-        raise TypeError(f'pipe={shown} is not a pipeline. Give what load_pipeline() returns.')
+    of_kind('pipe', pipe, StableDiffusionPipeline, 'what load_pipeline() returns')
     whole_number('batch_size', batch_size, 1)
     guidance_scale = real_number('guidance_scale', guidance_scale)
     usual = pipe.unet.config.sample_size*pipe.vae_scale_factor

@@ -26,7 +26,7 @@ def best_device() -> torch.device:
 # %% ../nbs/00_places.ipynb #cc61a8cc
 def _named(device: object) -> torch.device:
     "The device of a name. ValueError if there is no such name."
-    try: return torch.device(device) if isinstance(device, str | torch.device) else torch.device(str(device))
+    try: return torch.device(str(device))
     except (RuntimeError, ValueError):
         raise ValueError(f'device={device!r} is not a device. Give "cpu", "cuda" or "mps".') from None
 
@@ -101,15 +101,14 @@ def _check_tokenizer(folder: Path):
         if (token.get('content') if isinstance(token, dict) else token)!=usual: raise _damaged(config, folder, f'{name} is {token!r}, not {usual!r}')
     if missing==files and (folder/'tokenizer'/'tokenizer.json').is_file(): return      # it says it all
     if missing: raise ValueError(f'{folder} has no tokenizer/{missing[0].name}. Copy the folder again.')
-    known = {word for word in json.loads(vocab.read_text(encoding='utf-8')) if len(word.removesuffix('</w>')) > 1 and not re.fullmatch('<.*>', word)}
-    try: made = [''.join(line.split()) for line in merges.read_text(encoding='utf-8').splitlines() if line and not line.startswith('#version')]
+    ids, first = json.loads(vocab.read_text(encoding='utf-8')), 2*256     # before the merges: single letters, inside of a word and at its end
+    try: lines = [line for line in merges.read_text(encoding='utf-8').splitlines() if line and not line.startswith('#version')]
     except UnicodeDecodeError as e: raise _damaged(merges, folder, e) from None
-    ids = json.loads(vocab.read_text(encoding='utf-8'))
-    first = 2*256      # ids of single letters, inside of a word and at its end
-    if moved := [word for i, word in enumerate(made, first) if ids.get(word)!=i and made.count(word)==1]:
-        raise _damaged(vocab, folder, f'{moved[0]!r} has the id {ids.get(moved[0])}, its merge another')
-    if lost := sorted(known - {*made}):
-        raise _damaged(merges, folder, f'no merge gives {lost[0]!r} of vocab.json')
+    made = {''.join(line.split()): i for i, line in enumerate(lines, first)}
+    for word in sorted(ids):
+        if len(word.removesuffix('</w>')) > 1 and not re.fullmatch('<.*>', word) and made.get(word)!=ids[word]:
+            why = f'no merge gives {word!r} of vocab.json' if word not in made else f'its merges give {word!r} the id {made[word]}, vocab.json {ids[word]}'
+            raise _damaged(merges, folder, why)
 
 # %% ../nbs/00_places.ipynb #21b6c8f7
 def _check_parts(folder: Path, parts: Sequence[str]):
@@ -124,7 +123,7 @@ def _check_parts(folder: Path, parts: Sequence[str]):
 
 # %% ../nbs/00_places.ipynb #6a0e8f13
 def _check_configs(folder: Path, listed: dict):
-    "ValueError if the scheduler's config is of another class or lacks its betas, or a scaling factor is none."
+    "ValueError if the scheduler's config is of another class or lacks its betas, or a scaling factor or a size is none."
     file = folder/'scheduler'/'scheduler_config.json'
     if not file.is_file(): raise ValueError(f'{file} is missing. Copy the folder again.')
     config, kind = json.loads(file.read_text(encoding='utf-8')), listed.get('scheduler')
@@ -132,8 +131,8 @@ def _check_configs(folder: Path, listed: dict):
         raise ValueError(f'{file} says {config["_class_name"]!r}, model_index.json {kind[-1]!r}. Copy the folder again.')
     if config.get('trained_betas') is None and (missing := [name for name in ('beta_start', 'beta_end', 'beta_schedule') if config.get(name) is None]):
         raise ValueError(f'{file} lacks {", ".join(missing)}, the noise levels that the model was trained with. Copy the folder again.')
-    for file, field, usual in (('vae', 'scaling_factor', 1), ('unet', 'sample_size', 64)):     # configs of 2022 have no scaling factor
-        file = folder/file/'config.json'
+    for part, field, usual in (('vae', 'scaling_factor', 1), ('unet', 'sample_size', 64)):     # configs of 2022 have no scaling factor
+        file = folder/part/'config.json'
         value = json.loads(file.read_text(encoding='utf-8')).get(field, usual) if file.is_file() else usual
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0<value<float('inf') or field=='sample_size' and value!=int(value):
             raise ValueError(f'{file} has {field}={value!r}. It has to be a number above 0, a size a whole one: copy the folder again.')
@@ -156,7 +155,7 @@ def check_folder(
         raise ValueError(f'{listing} says {kind!r}: it does not describe a StableDiffusionPipeline. The course needs one.')
     if odd := [k for k, v in listed.items() if isinstance(v, list) and len(v)!=2]:
         raise ValueError(f'{listing} says {listed[odd[0]]!r} of {odd[0]}, not library and class. Copy the folder again.')
-    if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v and v[0]]
+    if parts is None: parts = [k for k, v in listed.items() if isinstance(v, list) and v[0]]
     _check_parts(folder, parts)
     if 'tokenizer' in parts: _check_tokenizer(folder)
     _check_configs(folder, listed)

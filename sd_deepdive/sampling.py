@@ -101,14 +101,6 @@ def read_texts(
     texts = text if guidance_scale==1 else uncond if guidance_scale==0 else torch.cat([uncond, text])
     return parts.unet.read(texts) if hasattr(parts.unet, 'read') else texts
 
-# %% ../nbs/10_loop.ipynb #94b7d1f0
-def _kept_kind(name: str, x: Tensor, like: Tensor) -> Tensor:
-    "The tensor. TypeError or ValueError if it is not of the shape, the precision and the device of another."
-    if tensor(name, x).shape!=like.shape or (x.dtype, x.device)!=(like.dtype, like.device):
-        raise ValueError(f'{name} is {tuple(x.shape)}, {x.dtype} on {x.device}. '
-                         f'Give what it was: {tuple(like.shape)}, {like.dtype} on {like.device}.')
-    return x
-
 # %% ../nbs/10_loop.ipynb #f509da6c
 def ask_unet(
     parts: Parts,            # of the model that is asked
@@ -133,7 +125,8 @@ def ask_unet(
         raise TypeError(f'words is of type {type(words).__name__}. Give what read_texts made for this UNet, or leave it out.')
     ask = lambda x: parts.unet(x, t, encoder_hidden_states=words).sample
     if guidance_scale in (0, 1): return ask(x_t)
-    return _kept_kind('what combine returns', combine(*ask(torch.cat([x_t, x_t])).chunk(2), guidance_scale), x_t)
+    both = ask(torch.cat([x_t, x_t])).chunk(2)
+    return tensor('what combine returns', combine(*both, guidance_scale), ' '.join(map(str, x_t.shape)), like=x_t)
 
 # %% ../nbs/10_loop.ipynb #6fb98a9d
 @dataclass
@@ -184,7 +177,7 @@ def denoise(
         x0 = predict_x0(x_t, noise, alpha_bar)
         latents = scheduler.step(noise, t, latents).prev_sample
         yield (step := Step(i, t, alpha_bar, x_t, noise, x0, latents))
-        latents = _kept_kind('step.latents', step.latents, latents)
+        latents = tensor('step.latents', step.latents, ' '.join(map(str, latents.shape)), like=latents)
 
 # %% ../nbs/10_loop.ipynb #e27b5a90
 def _starts(init_img, factor: int) -> list:

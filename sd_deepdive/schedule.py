@@ -23,7 +23,6 @@ def weights_at(
     "How much picture and noise x_t holds: sqrt(alpha-bar), sqrt(1 - alpha-bar). TypeError or ValueError for a share that is not from 0 to 1."
     if not isinstance(like, Tensor) or not like.is_floating_point():
         raise TypeError(f'{getattr(like, "dtype", type(like).__name__)} is no kind of number for latents. Give floats.')
-    if isinstance(alpha_bar, bool | complex): raise TypeError(f'alpha_bar={alpha_bar!r} is not a number. Give one from 0 to 1.')
     try: share = torch.as_tensor(alpha_bar).cpu()    # a check on a GPU would wait for it, and a Mac's has no float64
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f'alpha_bar={alpha_bar!r} is not a number. Give one from 0 to 1.') from None

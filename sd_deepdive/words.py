@@ -19,7 +19,7 @@ from .models import StableDiffusionPipeline   # first: it keeps diffusers quiet
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
-from .checks import file_path, text, text as check_text, texts, whole_file
+from .checks import file_path, text, texts, whole_file
 from .parts import Parts
 
 # %% ../nbs/04_textual_inversion.ipynb #1766c344
@@ -30,7 +30,7 @@ def _pair(model) -> tuple:
         raise TypeError(f'model={reprlib.repr(model)} has no tokenizer and text_encoder. '
                         'Give a pipeline, or parts.')
     if not hasattr(tokenizer, 'add_tokens') or not hasattr(text_encoder, 'resize_token_embeddings'):
-        raise TypeError('model has a tokenizer or a text encoder written by hand, which takes no new words. '
+        raise TypeError('model has a tokenizer or a text encoder written by hand; words are read and added with the library\'s. '
                         'Give what load_pipeline() or sd_deepdive.parts.load_parts() returns.')
     return tokenizer, text_encoder
 
@@ -75,7 +75,7 @@ def _notes(metadata) -> dict[str, str]:
     "What a file says of itself. TypeError if it is not a dict of texts."
     if metadata is None: return {}
     told = isinstance(metadata, Mapping) and all(isinstance(t, str) for kv in metadata.items() for t in kv)
-    if told: return {check_text('metadata', k): check_text('metadata', v) for k, v in metadata.items()}
+    if told: return {text('metadata', k): text('metadata', v) for k, v in metadata.items()}
     raise TypeError(f'metadata={reprlib.repr(metadata)} is no dict of texts. Give {{"about": "a colour"}}.')
 
 # %% ../nbs/04_textual_inversion.ipynb #82ed38e0

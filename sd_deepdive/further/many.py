@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..checks import file_path, in_one_line, of_kind, real_number, side, texts, whole_file, whole_number
+from ..checks import all_of_kind, file_path, in_one_line, of_kind, real_number, side, texts, whole_file, whole_number
 from ..images import load_picture
 from ..latents import make_img
 from ..parts import Parts, take_apart
@@ -232,11 +232,9 @@ def _begin(folder: Path, settings: dict, acc: Accelerator) -> None:
 def _checked(wishes: object, acc: object) -> list[Wish]:
     "The wishes as a list. TypeError or ValueError for none, or for what is no accelerator."
     if not hasattr(acc, 'process_index'): raise TypeError(f'acc is of type {type(acc).__name__}. Give accelerator(), or leave it out.')
-    if not isinstance(wishes, Sequence) or isinstance(wishes, str): raise TypeError(f'wishes is of type {type(wishes).__name__}. Use number_wishes(prompts).')
+    wishes = all_of_kind('wishes', wishes, Wish, 'what read_wishes or number_wishes returns')
     if not wishes: raise ValueError('wishes is empty: give at least one.')
-    if wrong := [w for w in wishes if not isinstance(w, Wish)]:
-        raise TypeError(f'wishes holds {wrong[0]!r}, no Wish. Use number_wishes(prompts).')
-    return list(wishes)
+    return wishes
 
 
 # %% ../../nbs/00_many_pictures.ipynb #64b0b95c

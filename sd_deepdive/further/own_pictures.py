@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
 from tempfile import TemporaryDirectory
-from ..checks import file_path, in_one_line, of_kind, real_number, tensor, text as one_text, whole_number
+from ..checks import all_of_kind, file_path, in_one_line, real_number, tensor, text as one_text, whole_number
 from ..images import fit_picture
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, quiet
@@ -97,7 +97,7 @@ def problems(
 ) -> list[str]:
     "What is wrong with a data set, a line for each fault; an empty list if nothing is."
     parts = take_apart(parts)
-    examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
+    examples = all_of_kind('examples', examples, Example, 'what read_captions returns')
     found, seen = [], {}
     for e in tqdm(examples, desc='checking', delay=20, leave=False):
         if fault := _fault(parts, e): found.append(f'{e.file.name} {fault}'); continue
@@ -124,7 +124,7 @@ def split(
     share: float = .2,             # of all groups that is held out, about
 ) -> tuple[list[Example], list[Example]]:
     "Those to train on, and those held out, no group in both. ValueError if one side is empty."
-    examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
+    examples = all_of_kind('examples', examples, Example, 'what read_captions returns')
     if not 0 < real_number('share', share, .2) < 1: raise ValueError(f'share={share} is no part. Give one between 0 and 1.')
     held = [e for e in examples if is_held_out(e.group, share)]
     train = [e for e in examples if not is_held_out(e.group, share)]
@@ -141,7 +141,7 @@ def encode(
 ) -> Tensor:
     "Scaled latents (N, 4, h, w) of the pictures, each brought to the model's size, on the CPU. ValueError for none."
     parts = take_apart(parts)
-    examples = [of_kind('examples', e, Example, 'what read_captions returns') for e in of_kind('examples', examples, Sequence, 'what read_captions returns')]
+    examples = all_of_kind('examples', examples, Example, 'what read_captions returns')
     if not examples: raise ValueError('examples is empty: give at least one.')
     latents, batch = [], whole_number('batch', batch, 1)
     for k in tqdm(range(0, len(examples), batch), desc='encoding', delay=20, leave=False):

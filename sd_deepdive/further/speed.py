@@ -16,7 +16,7 @@ import time
 import torch
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from ..checks import enough_memory, of_kind, real_number, tensor, text as check_text, whole_number
+from ..checks import all_of_kind, enough_memory, of_kind, real_number, tensor, text as check_text, whole_number
 from torch import Tensor
 from torch.nn import functional as F
 from torch.autograd.profiler import profile
@@ -156,7 +156,7 @@ def flops(
     ops: Iterable[Operation],   # from `operations`
 ) -> int:
     "All floating point operations, additions and multiplications counted one by one."
-    ops = [of_kind('ops', op, Operation, 'what operations() found') for op in ops]
+    ops = all_of_kind('ops', ops, Operation, 'what operations() found')
     return sum(op.flops for op in ops)
 
 # %% ../../nbs/25_make_it_fast.ipynb #f07fc5e5
@@ -205,7 +205,7 @@ def least_seconds(
     """A lower bound: no operation is faster than its FLOPs, or than its bytes, allow. With a `dispatch`, which is measured, an estimate.
     The roofline of Williams, Waterman and Patterson 2009, operation by operation. ValueError for rates of 0."""
     of_kind('machine', machine, Machine, 'a Machine')
-    ops = [of_kind('ops', op, Operation, 'what operations() found') for op in ops]
+    ops = all_of_kind('ops', ops, Operation, 'what operations() found')
     if not min(machine.flops, machine.bytes) > 0:
         raise ValueError(f'{machine} does nothing. Give rates above 0.')
     return sum(max(op.flops/machine.flops, op.bytes/machine.bytes) + machine.dispatch for op in ops)

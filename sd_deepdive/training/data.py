@@ -127,7 +127,7 @@ def article(
 ) -> str:
     "The thing with a or an before it. TypeError for no text."
     check_text('thing', thing)
-    return f'an {thing}' if thing[:1] in 'aeiou' else f'a {thing}'
+    return f'an {thing}' if thing.startswith(tuple('aeiou')) else f'a {thing}'
 
 # %% ../../nbs/18_pictures_and_captions.ipynb #6836a052
 def ways(

@@ -79,7 +79,7 @@ class Trainer:
         whole_number('warmup', warmup, 0)
         for name, part in dict(decay=decay, ema_decay=ema_decay, weight_decay=weight_decay).items(): real_number(name, part, .3, 0, 1)
         steps, seed = whole_number('steps', steps, 1), whole_number('seed', seed, 0)
-        if real_number('lr', lr, 1e-3) <= 0: raise ValueError(f'lr={lr}: give a rate above 0, such as 1e-3.')
+        real_number('lr', lr, 1e-3, least=1e-9)
         store_attr('model,steps,lr,seed')
         self.acc, self.folder, self.losses = acc or accelerator(), folder and file_path('folder', folder), []
         self.device = acc.device if acc else next(model.parameters()).device
