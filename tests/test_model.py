@@ -134,7 +134,7 @@ def test_name_of_wrong_type(name):
 
 @pytest.mark.parametrize('wrong', [None, 'embedded'])
 def test_no_pipeline(wrong):
-    with pytest.raises(TypeError, match='pipe=.*load_pipeline'): text_to_image(wrong, 'a bell')
+    with pytest.raises(TypeError, match='pipe is .*load_pipeline'): text_to_image(wrong, 'a bell')
 
 
 @pytest.mark.parametrize('sides, size', [(dict(height=64), (128, 64)), (dict(width=192), (192, 128)), (dict(height=64, width=72), (72, 64))])
