@@ -6,8 +6,8 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checks.html.md"""
 
 # %% auto #0
 __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'text', 'texts', 'tensor', 'of_kind', 'all_of_kind', 'finite',
-           'same_shape', 'noise_levels', 'past_noise', 'pair_up', 'pair_wishes', 'enough_memory', 'file_path',
-           'whole_file', 'in_one_line']
+           'same_shape', 'ids_with_rows', 'noise_levels', 'past_noise', 'pair_up', 'pair_wishes', 'enough_memory',
+           'file_path', 'whole_file', 'in_one_line']
 
 # %% ../nbs/00_checks.ipynb #3f528517
 import os
@@ -180,6 +180,22 @@ def same_shape(
     for b, y in others:
         if x.shape!=y.shape:
             raise ValueError(f'{a} has shape {tuple(x.shape)}, {b} {tuple(y.shape)}: give tensors of one shape.')
+
+# %% ../nbs/00_checks.ipynb #1f7b93d2
+def ids_with_rows(
+    name: str,       # of the argument
+    ids: Tensor,     # (B, N), whole numbers
+    rows: int,       # of the table that they are looked up in
+    places: int,     # of the other table: N at most
+) -> Tensor:
+    "The ids. TypeError for what is no tensor of whole numbers, ValueError for another shape, or an id without a row."
+    if tensor(name, ids, hollow=True).is_floating_point(): raise TypeError(f'{name} holds {ids.dtype}. Give whole numbers.')
+    if ids.ndim!=2 or ids.shape[1] > places:
+        raise ValueError(f'{name} of shape {tuple(ids.shape)} do not fit. Give (B, N), N up to {places}: truncation=True cuts a prompt.')
+    if not ids.is_meta and (outside := ids[(ids < 0) | (ids >= rows)]).numel():
+        raise ValueError(f'{name} has {outside[0].item()}, and the table has no such row. Give ids from 0 to {rows - 1}.')
+    return ids
+
 
 # %% ../nbs/00_checks.ipynb #6c1f7d25
 def noise_levels(

@@ -77,6 +77,16 @@ def _spread(image: Image.Image, name: str) -> Image.Image:
     gain = 255/(high - low)
     return image.point(lambda v: v*gain - low*gain).convert('RGB')
 
+# %% ../nbs/00_images.ipynb #9e47a0b5
+def _deep(image: Image.Image, name: str) -> Image.Image:
+    "A picture of 16 bits as RGB. ValueError if its values are those of 12 bits: it would be nearly black."
+    image = image.convert('F'); high = image.getextrema()[1]
+    if 0 < high < 4096:
+        raise ValueError(f'{name} has 16 bits, and {high:.0f} of 65535 is its largest value: nearly black. If it was measured with '
+                         '12 bits, give image.convert("F").point(lambda v: v/16 + 0).convert("L").')
+    return image.point(lambda v: v*(1/257) + 0).convert('RGB')
+
+
 # %% ../nbs/00_images.ipynb #09a65ae4
 def on_colour(
     image: Image.Image,        # any mode
@@ -84,11 +94,12 @@ def on_colour(
     name: str = 'image',       # of the argument
 ) -> Image.Image:
     """The picture as RGB, transparent parts laid on a colour, 16 bits reduced to 8. Modes I and F have no range
-    of their own: theirs is spread from black to white. TypeError for no picture, ValueError if it cannot be read, or for no colour."""
+    of their own: theirs is spread from black to white. TypeError for no picture, ValueError if it cannot be read, or for no
+    colour, or for one of 16 bits that would be black."""
     image = load_picture(image, name); check_colour('colour', colour)
     if image.mode=='RGB': return image
     if image.mode in ('La', 'RGBa'): image = image.convert(image.mode.replace('a', 'A'))     # already multiplied by their transparency
-    if image.mode.startswith('I;16'): return image.convert('F').point(lambda v: v*(1/257) + 0).convert('RGB')
+    if image.mode.startswith('I;16'): return _deep(image, name)
     if image.mode in 'IF': return _spread(image, name)
     if not image.has_transparency_data: return image.convert('RGB')
     image = image.convert('RGBA')

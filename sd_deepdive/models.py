@@ -24,7 +24,7 @@ from .places import EMBEDDED, PARTS, SD1, WEIGHTED, find_device, find_dtype, fin
 from .schedule import set_timesteps
 from .scratch.checkpoints import name_today, weight_files
 from .seeds import generators
-from .text import warn_of_cut
+from .text import warn_of_cut, warn_of_unknown
 
 # %% ../nbs/01_text_to_image.ipynb #16d7f708
 @contextmanager
@@ -97,6 +97,7 @@ def load_pipeline(
         if where.is_dir(): _check_weights(pipe, where)
     except Exception as e:
         if isinstance(e, MemoryError): raise
+        if 'ignore_mismatched_sizes' in str(e): e = 'a weight has another shape than its config.json says'
         why = shorten(re.split(r'\. (?=[A-Z])', str(e))[0], 200)      # what follows is advice for other calls
         raise ValueError(f'{where} could not be loaded ({why}). Copy the {"file" if where.is_file() else "folder"} again.') from None
     pipe.set_progress_bar_config(delay=20)    # seconds: a bar only where it takes long
@@ -104,10 +105,11 @@ def load_pipeline(
 
 # %% ../nbs/01_text_to_image.ipynb #b30c9e57
 @contextmanager
-def _told_of_cut(pipe: diffusers.DiffusionPipeline, each: dict[str, list]) -> Iterator[None]:
-    "Warn of prompts that are cut off, in the course's words instead of the libraries'."
+def _told_of_words(pipe: diffusers.DiffusionPipeline, each: dict[str, list]) -> Iterator[None]:
+    "Warn of prompts that are cut off, in the course's words instead of the libraries', and of words never learned."
     for name in ('prompt', 'negative_prompt'):
         if name in each: warn_of_cut(pipe.tokenizer, each[name], kind=name.replace('_', ' '), stacklevel=5)   # whoever draws
+    warn_of_unknown(pipe, [*each['prompt'], *each.get('negative_prompt', [])], stacklevel=5)
     logs = [logging.getLogger(name) for name in (type(pipe).__module__, 'transformers.tokenization_utils_base')]
     levels = [log.level for log in logs]
     for log in logs: log.setLevel(logging.ERROR)
@@ -129,7 +131,7 @@ def draw_in_batches(
     pictures = []
     for i in range(0, len(seeds), batch_size):
         one = {name: values[i:i + batch_size] for name, values in each.items()}
-        with _told_of_cut(pipe, one), enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
+        with _told_of_words(pipe, one), enough_memory(f'batch_size, now {batch_size}, or the size of the pictures'):
             levels = pipe(**one, generator=generators(seeds[i:i + batch_size]), output_type='np', **same).images
         finite(f'The picture at guidance_scale={same.get("guidance_scale")}', torch.from_numpy(levels), pipe.dtype)
         pictures += pipe.image_processor.numpy_to_pil(levels)

@@ -77,16 +77,23 @@ def _damaged(file: Path, folder: Path, why: object) -> ValueError:
     return ValueError(f'{file.relative_to(folder)} in {folder} is cut short or damaged ({why}). Copy the folder again.')
 
 def _check_files(folder: Path):
-    "ValueError for a .json or .safetensors file, wherever it lies in the folder, that cannot be read."
+    "ValueError for a .json file, wherever it lies in the folder, that cannot be read."
     for file in sorted(folder.rglob('*.json')):
         try: said = json.loads(file.read_text(encoding='utf-8'))
         except (ValueError, OSError, RecursionError) as e: raise _damaged(file, folder, e) from None
         if file.name.endswith(('config.json', 'vocab.json')) and not isinstance(said, dict):
             raise ValueError(f'{file} holds a {type(said).__name__}, no fields. Copy the folder again.')
+
+# %% ../nbs/00_places.ipynb #3d70f9b8
+def _check_heads(folder: Path):
+    "ValueError for a .safetensors file that cannot be read, or with weights that are no fractions: libraries would convert them, and draw another picture."
     for file in sorted(folder.rglob('*.safetensors')):
         try:
-            with safe_open(file, 'pt'): pass
+            with safe_open(file, 'pt') as saved: kinds = {key: saved.get_slice(key).get_dtype() for key in saved.keys()}
         except (SafetensorError, OSError) as e: raise _damaged(file, folder, e) from None
+        for key, kind in kinds.items():
+            if kind not in ('F16', 'BF16', 'F32', 'F64') and not key.endswith('position_ids'):
+                raise _damaged(file, folder, f'{key} is saved as {kind}; weights are fractions of 16, 32 or 64 bits')
 
 # %% ../nbs/00_places.ipynb #868df676
 def _check_tokenizer(folder: Path):
@@ -131,6 +138,7 @@ def _check_configs(folder: Path, listed: dict):
         raise ValueError(f'{file} says {config["_class_name"]!r}, model_index.json {kind[-1]!r}. Copy the folder again.')
     if config.get('trained_betas') is None and (missing := [name for name in ('beta_start', 'beta_end', 'beta_schedule') if config.get(name) is None]):
         raise ValueError(f'{file} lacks {", ".join(missing)}, the noise levels that the model was trained with. Copy the folder again.')
+    whole_number(f'{file}: num_train_timesteps', config.get('num_train_timesteps', 1000), 1)
     for part, field, usual in (('vae', 'scaling_factor', 1), ('unet', 'sample_size', 64)):     # configs of 2022 have no scaling factor
         file = folder/part/'config.json'
         value = json.loads(file.read_text(encoding='utf-8')).get(field, usual) if file.is_file() else usual
@@ -149,6 +157,7 @@ def check_folder(
     if not listing.is_file():
         raise ValueError(f'{folder} holds no pipeline: {listing.name} is missing. Give a folder from save_pretrained.')
     _check_files(folder)
+    _check_heads(folder)
     listed = json.loads(listing.read_text(encoding='utf-8'))
     kind = listed.get('_class_name') if isinstance(listed, dict) else None
     if kind!='StableDiffusionPipeline':

@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import re
+import signal
 import struct
 import traceback
 import warnings
@@ -237,7 +238,7 @@ def test_refused_training_claims_nothing(tmp_path, wish):
     assert not (tmp_path/'own').exists()
 
 
-SPOILED = [('scheduler/scheduler_config.json', dict(beta_start=None)), ('scheduler/scheduler_config.json', dict(_class_name='Foo')), ('vae/config.json', dict(scaling_factor=0)),
+SPOILED = [('scheduler/scheduler_config.json', dict(beta_start=None)), ('scheduler/scheduler_config.json', dict(_class_name='Foo')), ('vae/config.json', dict(scaling_factor=0)), ('scheduler/scheduler_config.json', dict(num_train_timesteps=0)),
            ('vae/config.json', dict(scaling_factor=None)), ('unet/config.json', dict(layers_per_block=2)), ('unet/config.json', dict(sample_size='8'))]
 
 
@@ -370,6 +371,33 @@ def test_ctrl_c_in_training(tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ['checkpoint.pt'] and len(read_state(tmp_path/'checkpoint.pt')['losses']) == 5
     begun = []
     assert torch.equal(fitted(tmp_path, begun.append), fitted(None)) and begun[0] == 5
+
+
+def test_ctrl_c_loses_no_step(tmp_path):
+    "The signal itself, in the middle of a step: the step is ended and kept. The second one ends it at once."
+    whole = fitted(None)
+    def pressed(step):
+        if step == 7: signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match='Stopped after step 8'): fitted(tmp_path/'once', pressed)
+    assert len(read_state(tmp_path/'once'/'checkpoint.pt')['losses']) == 8
+    assert torch.equal(fitted(tmp_path/'once'), whole)
+    def twice(step):
+        if step == 7: signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt): fitted(tmp_path/'twice', twice)
+    assert len(read_state(tmp_path/'twice'/'checkpoint.pt')['losses']) == 5
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_checkpoint_of_other_pictures(parts, tmp_path):
+    "A folder of a run of other pictures, captions or settings is not taken up; at another rate it goes on."
+    latents, begun = torch.randn(2, 4, 8, 8), []
+    def tune(latents=latents, captions=('a', 'b'), steps=2, **how):
+        model = replace(parts, unet=deepcopy(parts.unet), text_encoder=deepcopy(parts.text_encoder))
+        return fine_tune(model, latents, captions, steps, batch=2, folder=tmp_path/'run', report=lambda *_: begun.append(1), **how)
+    losses = tune()
+    for wrong, name in (dict(latents=latents + 1), 'pictures='), (dict(captions=('a', 'c')), 'pictures='), (dict(steps=3), 'steps=2'), (dict(seed=1), 'seed=0'):
+        plain(lambda wrong=wrong: tune(**wrong), 'holds another run', name)
+    assert tune(lr=5e-4) == losses and begun == [1]       # nothing was left to train
 
 
 def test_ctrl_c_in_fine_tuning(parts):
@@ -560,6 +588,14 @@ def test_checkpoint_headers(tmp_path_factory, header, rest, length, raw):
     except ValueError as e: assert 'model.safetensors' in str(e)
 
 
+def test_rounded_weights(tmp_path, pipe):
+    "Weights saved as whole numbers, which the library would take and draw something else, are refused by both."
+    pipe.save_pretrained(tmp_path)
+    weights = load_file(file := tmp_path/'unet'/'diffusion_pytorch_model.safetensors')
+    save_file(weights | {'conv_in.weight': (100*weights['conv_in.weight']).to(torch.int8)}, file)
+    for load in (load_pipeline, load_by_hand): plain(lambda load=load: load(tmp_path, 'cpu'), 'unet', 'conv_in.weight', 'I8')
+
+
 # Every public function, with each argument wrong once -----------------------------------------------------------------
 
 def good_values(pipe, folder):
@@ -622,7 +658,7 @@ def good_values(pipe, folder):
         'diffusion.min_snr': dict(gamma=5.), 'explore.explorer': dict(draw=lambda: red), 'samplers.lms_weights': dict(sigmas=[2., 3.], sigma_next=1.), 'samplers.spaced': dict(spacing='leading'),
         'samplers.karras': dict(largest=9., smallest=.1), 'seeds.generators': dict(seeds=[1]), 'checkpoints.read_weights': dict(folder=embedded_folder()/'unet'), 'cells.look': dict(image=Image.new('RGB', (128, 128))), 'cells.cell': dict(at=(64., 64.), shape='long', dividing=False, radius=14., rng=np.random.default_rng(0)),
         'cells.scatter': dict(count=2, reach=14., rng=np.random.default_rng(0)), 'cells.write_cells': dict(folder=folder/'cells', patients=[1], each=1),
-        'inside.attention_weights': dict(layer=next(m for m in hand.unet.modules() if isinstance(m, Attention)), x=rand(1, 4, 8), text=None), 'inside.slerp': dict(a=latents, b=rand(1, 4, 8, 8)),
+        'text.unknown_words': dict(prompt='a bell'), 'inside.attention_weights': dict(layer=next(m for m in hand.unet.modules() if isinstance(m, Attention)), x=rand(1, 4, 8), text=None), 'inside.slerp': dict(a=latents, b=rand(1, 4, 8, 8)),
         'configs.read_json': dict(file=embedded_folder()/'unet'/'config.json'), 'text_encoder.quick_gelu': {}, 'tokenizer.clean': dict(text='a'), 'unet.time_waves': dict(t=torch.tensor([5]), width=4),
         **{f'samplers.{name}_step': either for name in ('euler', 'ancestral', 'heun', 'pndm', 'lms', 'dpm')}}
 
@@ -656,7 +692,7 @@ def finish(result):
 
 
 # Those for which there are no good values here, by module: pieces of the networks by hand, which see what those hand them, and commands
-LEFT_OUT = dict(explore='still', cells='soft', many='draw_file', own_pictures='own_pictures', speed='fused_attention_flops', img2img='fetch_picture',
+LEFT_OUT = dict(explore='still told', cells='soft', many='draw_file', own_pictures='own_pictures', speed='fused_attention_flops', img2img='fetch_picture',
                 models='draw_in_batches', places='check_folder check_file', autoencoder='levels autoencoder_loss train_autoencoder',
                 checkpoints='name_today weight_files field_behind read_merges', configs='check_field check_sizes read_config refuse', parts='load_sampler',
                 samplers='betas_of', text_encoder='attend', tokenizer='join merge split fill_up as_asked', unet='pointwise run plan',

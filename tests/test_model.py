@@ -1,23 +1,27 @@
 """The embedded model, and the loading of models by name."""
 import json
 import shutil
+import warnings
 
 import pytest
 import torch
 from conftest import untrained
 from diffusers import StableDiffusionPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from sd_deepdive.drawings import drawings
 from sd_deepdive.images import max_difference
+from sd_deepdive.img2img import image_to_image
 from sd_deepdive.models import load_pipeline, text_to_image
 from sd_deepdive.places import embedded_folder, find_model
 from sd_deepdive.parts import load_parts
 from sd_deepdive.sampling import make_samples
 from sd_deepdive.scratch.parts import load_parts as load_by_hand
 from sd_deepdive.schedulers import SCHEDULERS, with_scheduler
+from sd_deepdive.text import unknown_words
 from sd_deepdive.training.autoencoder import latent_deviation, psnr_of, round_trips
 from sd_deepdive.training.diffusion import noise_loss, text_states
 from sd_deepdive.training.quality import on_white
@@ -191,6 +195,20 @@ def test_long_prompt(pipe):
     "The warning of a prompt of thousands of words does not show them all."
     with pytest.warns(UserWarning, match='cut off is') as said: text_to_image(pipe, 'a bell '*3000, num_inference_steps=2)
     assert all(len(str(w.message)) < 600 for w in said)
+
+
+def test_unknown_words(pipe):
+    "Whoever draws is told of words that the model never learned, at the line that asks; by no warning otherwise."
+    lines, red = [], Image.new('RGB', (128, 128), 'red')
+    for draw in (lambda: text_to_image(pipe, 'a lighthouse', num_inference_steps=2), lambda: image_to_image(pipe, 'a bell', red, negative_prompt='Blurry!', num_inference_steps=4)):
+        with pytest.warns(UserWarning, match=r'never learned these words: (lighthouse|Blurry)\.') as said: draw()
+        assert len(said) == 1
+        lines.append(said[0].filename)
+    assert {*lines} == {__file__}
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        text_to_image(pipe, 'a red apple, 3d style, on a blue background!', num_inference_steps=2)
+    assert unknown_words(load_by_hand(device='cpu'), 'Two submarines') == unknown_words(pipe, 'Two submarines') == ['submarines']
 
 
 def test_another_kind_of_pipeline(small):

@@ -126,8 +126,8 @@ def test_lesson_number_and_code(site, nb, page):
         if not {'export', 'exports', 'exporti'} & cell.directives.keys() or 'hide' in cell.directives: continue
         cell.remove_directives()
         assert cell.source.strip() in code
-    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'Slow: ', 'With a network: ')
-    assert all(box in ('Imports', 'Values') or box.startswith(begin) for box in boxes)
+    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'Slow: ', 'With a network: ', 'On a GPU: ')
+    assert all(box == 'Imports' or box.startswith(begin) or re.fullmatch('[A-Z][A-Z0-9_, ]*', box) for box in boxes), boxes
 
 
 def of_all(

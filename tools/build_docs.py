@@ -1,15 +1,13 @@
 """Build the site into _docs/ with no Quarto and no network: nbdev processes the notebooks, smalldocs renders them."""
 import json, os, re, shutil, sys, warnings
-from base64 import b64decode
-from io import BytesIO
 from pathlib import Path
 
 from fastcore.nbio import mk_cell, read_nb, write_nb
 from nbdev import serve, showdoc
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
+from finish import readable
 from pages import Description, Steps, index_all
-from PIL import Image
 from sd_deepdive._modidx import d
 from smalldocs import layout
 from smalldocs.config import load
@@ -17,7 +15,6 @@ from smalldocs.site import Site
 
 ROOT = Path(__file__).parents[1]
 VERSIONS = ['torch', 'diffusers', 'transformers', 'numpy', 'matplotlib']
-FIGURE = re.compile(r'<img (?=[^>]*src="data:image/png;base64,([^"]+)")')
 WEB_FONTS = re.compile(r'@import\s*url\(["\']?https?:[^)]*\)[^;]*;')
 
 
@@ -54,12 +51,6 @@ def facts(cfg, nb, name):
     return f'<p class="lesson-facts">Reading time about {round(words/200 + lines/12)} min{runs}</p>'
 
 
-def sized(found):
-    "An `<img>` of a figure with its width. Figures are saved with 200 dots to the inch; at 125 their letters are about as large as the text's."
-    image = Image.open(BytesIO(b64decode(found[1])))
-    return found[0] if image.info.get('dpi', (0,))[0] < 150 else f'<img width="{round(image.width*125/200)}" '
-
-
 def versions():
     "With which versions the outputs were saved."
     locked = dict(line.split('==') for line in (ROOT/'lock.txt').read_text().split() if '==' in line)
@@ -92,7 +83,7 @@ def main():
     n = site.build()
     libs = site.out/'site_libs'
     shutil.copytree(ROOT/'vendor/katex', libs/'katex')
-    for page in site.out.glob('*.html'): page.write_text(FIGURE.sub(sized, page.read_text()))
+    for page in site.out.glob('*.html'): page.write_text(readable(page.read_text()))
     for css in libs.rglob('*.css'): css.write_text(WEB_FONTS.sub('', css.read_text()))
     for copy in site.out.glob('*.llms.md'): shutil.copy(copy, copy.with_name(copy.name.replace('.llms.md', '.html.md')))   # where modules link to
     if site.broken: sys.exit('\n'.join(f'{page}: broken link {href}' for page, href in site.broken))

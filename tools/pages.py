@@ -15,6 +15,7 @@ IMPORTS, DEFS = (ast.Import, ast.ImportFrom), (ast.FunctionDef, ast.ClassDef)
 class Description(showdoc.BasicMarkdownRenderer):
     "A function's description: the whole first paragraph in italics, the comment of `**kwargs` beside it, types by their names."
     def __init__(self, sym, **kw):
+        self.is_property = isinstance(sym, property)       # nbdev unwraps it
         super().__init__(sym, **kw)
         if hasattr(sym, '__wrapped__'): self.nm = sym.__qualname__      # nbdev names what was wrapped, without its class
         first, *rest = (self.docs or '').split('\n\n')
@@ -22,9 +23,17 @@ class Description(showdoc.BasicMarkdownRenderer):
         if isinstance(self.dm, DocmentText):
             self.dm.dm = {k: v for k, v in docments(self.dm.obj, full=True, args_kwargs=True).items() if k != 'self'}
 
+    def _kind(self, signature):
+        "A class is called one, with its fields or what it is derived from; a property has no brackets."
+        if self.is_property: return re.sub(r'def \w+\(\)(.*):\n', rf'{self.nm}\1\n', signature)
+        if not isinstance(self.sym, type): return signature
+        fields = {name: getattr(t, '__name__', t) for name, t in getattr(self.sym, '__annotations__', {}).items()} if hasattr(self.sym, '_fields') else {}
+        own = ', '.join([f'{name}:{t}' for name, t in fields.items()] or [base.__name__ for base in self.sym.__bases__])
+        return re.sub(r'\(\s*\*args, \*\*kwargs\s*\)', f'({own})', signature.replace('def ', 'class ', 1).replace(')->None:', '):'))
+
     def _repr_markdown_(self):
         "Types by the names that the source has: no module before a capital letter. A heading `__call__` is not bold."
-        short = lambda signature: re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', signature[0])
+        short = lambda signature: self._kind(re.sub(r'\b(?:\w+\.)+(?=[A-Z])', '', signature[0]))
         text = re.sub(r'```python\n.*?```', short, super()._repr_markdown_(), flags=re.S)
         return re.sub(r'^#+ .*$', lambda heading: heading[0].replace('_', r'\_'), text, count=1, flags=re.M)
 
@@ -76,7 +85,7 @@ def add_aside(cell):
     "A cell that is not run with the rest comes in a box that says why; exercises say it themselves."
     if cell.cell_type != 'code': return
     if 'slow' in cell.directives_: why = 'Slow'
-    elif cell.directives_.get('eval') == 'false' and not re.search(r'# (exercise|check) \d', cell.source): why = 'With a network'
+    elif cell.directives_.get('eval') == 'false' and not re.search(r'# (exercise|check) \d', cell.source): why = 'On a GPU' if 'torch.cuda' in cell.source else 'With a network'
     else: return
     cell.source = f'#| code-fold: show\n#| code-summary: "{why}: not run with the rest"\n{cell.source}'
 
@@ -88,7 +97,8 @@ def add_fold(cell):
     names = [tree.name for tree in trees if isinstance(tree, DEFS)]
     imports = not names and any(isinstance(n, IMPORTS) for tree in trees for n in ast.walk(tree))
     if folded or not imports:
-        title = 'Imports' if imports else f'The code of {", ".join(names)}' if names else 'Values'
+        values = [n.id for tree in trees if isinstance(tree, ast.Assign) for n in ast.walk(tree.targets[0]) if isinstance(n, ast.Name)]
+        title = 'Imports' if imports else f'The code of {", ".join(names)}' if names else ', '.join(values) or 'Code'
         cell.source = f'#| code-fold: {"true" if folded else "show"}\n#| code-summary: "{title}"\n{cell.source}'
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
 from ..checks import all_of_kind, file_path, in_one_line, of_kind, real_number, side, texts, whole_file, whole_number
-from ..images import load_picture
+from ..images import check_area, load_picture
 from ..latents import make_img
 from ..parts import Parts, take_apart
 from ..places import EMBEDDED
@@ -186,9 +186,10 @@ def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None
     "What all pictures of a run share. TypeError or ValueError for numbers that cannot be."
     sides = {name: side(name, parts.side if value is None else value, parts.factor)
              for name, value in dict(height=height, width=width).items()}
+    check_area(**sides)
     begin(parts.scheduler, steps, name='steps')     # refuses steps that cannot be walked
     return dict(model=texts('model', [str(model)])[0], fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
-                g=real_number('g', g), steps=int(steps), **sides,
+                g=real_number('g', g, 3., -1000, 1000), steps=int(steps), **sides,
                 dtype=str(parts.dtype).removeprefix('torch.'))
 
 # %% ../../nbs/00_many_pictures.ipynb #8e17b3c6

@@ -213,6 +213,12 @@ def _check_training(steps: int, lr: float, batch: int, rank: int, every: int) ->
     whole_number('rank', rank, 0, 4096); real_number('lr', lr, 1e-3, least=1e-9)
 
 
+# %% ../../nbs/26_your_own_pictures.ipynb #61b0d4ea
+def _digest(latents: Tensor, captions: Sequence[str]) -> str:
+    "Pictures and their captions as twelve hex digits."
+    return hashlib.sha256(repr([*captions]).encode() + latents.cpu().numpy().tobytes()).hexdigest()[:12]
+
+
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
 def fine_tune(
     parts: Parts,                     # its UNet is trained, and rows of its token table that are zero
@@ -227,12 +233,14 @@ def fine_tune(
     every: int = 250,                 # steps between checkpoints, and between reports
     seed: int = 0,                    # of all that is random
 ) -> list[float]:
-    """Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`; after one, or after
-    Ctrl-C, no LoRA is left in the model."""
+    """Teach a model pictures with captions; returns the loss of each step. Errors as `Trainer`, and ValueError for the folder
+    of a run of other pictures or settings; after one, or after Ctrl-C, no LoRA is left in the model."""
     parts = take_apart(parts)
     _check_training(steps, lr, batch, rank, every)
     torch.manual_seed(whole_number('seed', seed, 0))
     draw = caption_batches(parts, latents, captions, batch)
+    of = dict(pictures=_digest(latents, captions), steps=steps, batch=batch, rank=rank, seed=seed)
+    if folder: same_run(file_path('folder', folder)/'run.json', of)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
     with _lora(parts.unet, rank) if rank else nullcontext():
         learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)
@@ -310,13 +318,11 @@ def _sides(parts: Parts, folder: Path, captions: Path | None, group: str, share:
     return split(examples, share)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #b0b62840
-def _claim(out: Path, latents: Tensor, captions: list[str], **settings: float) -> None:
-    "Begin a run in a folder, or go on with it. ValueError if the folder holds one of other pictures or settings."
+def _run_place(out: Path) -> None:
+    "ValueError if something else than a run is there."
     if out.is_dir() and any(out.iterdir()) and not (out/'run.json').is_file():
         raise ValueError(f'out={str(out)!r} holds files and no run.json. Give an empty folder, or a new one.')
     _model_place(out/'model')
-    data = hashlib.sha256(repr(captions).encode() + latents.numpy().tobytes()).hexdigest()[:12]
-    same_run(out/'run.json', dict(data=data) | settings)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #95edfe85
 def _leave(out: Path, parts: Parts, train: list[Example], held: list[Example], **record: float) -> None:
@@ -346,10 +352,10 @@ def own_pictures(
     "From a folder of pictures and a table of captions to a model."
     _check_training(steps, lr, batch, rank, every)
     folder, out, group = file_path('folder', folder), file_path('out', out), one_text('group', group)
+    _run_place(out)
     parts = load_parts(dtype=torch.float32)
     train, held = _sides(parts, folder, captions, group, share)
     (latents, said), (unseen, asked) = ((encode(parts, side), [e.caption for e in side]) for side in (train, held))
-    _claim(out, latents, said, share=share, steps=steps, batch=batch, lr=lr, rank=rank)
     before = held_out_loss(parts, unseen, asked)
     fine_tune(parts, latents, said, steps, lr, batch, rank, out, every=every)
     after = held_out_loss(parts, unseen, asked)

@@ -17,7 +17,7 @@ from dataclasses import replace
 from fastcore.basics import AttrDict, patch
 from torch import Tensor
 from typing import NamedTuple
-from ..checks import noise_levels, past_noise, real_number, whole_number
+from ..checks import noise_levels, past_noise, real_number, same_shape, tensor, whole_number
 from ..parts import Parts, take_apart
 from ..schedule import trained
 from .configs import FIELDS, WRITTEN, read_config
@@ -305,7 +305,9 @@ def add_noise(
     noise: Tensor,              # of the same shape
     timesteps: Tensor,          # one, or one for each picture
 ) -> Tensor:
-    "Pictures as they are at a time, in this sampler's scale."
+    "Pictures as they are at a time, in this sampler's scale. ValueError for two shapes."
+    same_shape(original_samples=original_samples, noise=noise)
+    tensor('timesteps', timesteps)
     run = {t.item(): sigma for t, sigma in reversed([*zip(self.timesteps, self.sigmas)])}
     sigma = [run.get(t, np.interp(t, np.arange(len(self.levels)), self.levels))
              for t in timesteps.tolist()]
@@ -339,7 +341,8 @@ def step(
     generator: torch.Generator | list | None = None,  # of fresh noise; default: from `seeds`
     return_dict: bool = True,   # a tuple is given back either way
 ) -> Stepped:
-    "The next latents. ValueError for a time that is not the next of the run."
+    "The next latents. ValueError for a time that is not the next of the run, or for two shapes."
+    same_shape(model_output=model_output, sample=sample)
     if self.i==len(self.timesteps) or timestep!=self.timesteps[self.i]:
         raise ValueError(f'timestep={timestep} is not the next of this run. '
                          'Take the times in order, each once; set_timesteps begins again.')

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from typing import NamedTuple
-from ..checks import tensor
+from ..checks import ids_with_rows
 from .checkpoints import Network
 
 # %% ../../nbs/13_text_encoder_by_hand.ipynb #364910b8
@@ -113,14 +113,10 @@ def forward(
     input_ids: Tensor,                     # (B, N), N up to max_position_embeddings
     attention_mask: Tensor | None = None,  # (B, N), 0 for tokens not to be looked at; default: none
 ) -> TextStates:
-    "Hidden states (B, N, D). ValueError for ids of another shape, IndexError for one with no row."
-    most = self.config.max_position_embeddings
-    tensor('input_ids', input_ids, hollow=True)
-    if input_ids.ndim!=2 or input_ids.shape[1] > most:
-        raise ValueError(f'input_ids of shape {tuple(input_ids.shape)} do not fit. '
-                         f'Give (B, N), N up to {most}: truncation=True cuts a prompt.')
-    places = self.embeddings['position_embedding'].weight[:input_ids.shape[1]]
-    x = self.embeddings['token_embedding'](input_ids) + places
+    "Hidden states (B, N, D). ValueError for ids of another shape, or for one that has no row."
+    rows, places = (self.embeddings[name] for name in ('token_embedding', 'position_embedding'))
+    ids_with_rows('input_ids', input_ids, len(rows.weight), len(places.weight))
+    x = rows(input_ids) + places.weight[:input_ids.shape[1]]
     mask = None
     if attention_mask is not None:
         earlier = torch.ones(2*input_ids.shape[1:], dtype=bool, device=x.device).tril()

@@ -12,6 +12,7 @@ __all__ = ['accelerator', 'step_generator', 'share', 'Trainer', 'save_whole', 's
 import json
 import math
 import os
+import signal
 import warnings
 from accelerate import Accelerator
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from fastcore.basics import patch, store_attr
 from pathlib import Path
 from pickle import UnpicklingError
 from struct import error as StructError
+from threading import current_thread, main_thread
 import torch
 from ..checks import file_path, of_kind, real_number, tensor, whole_file, whole_number
 from ..images import image_grid
@@ -224,6 +226,20 @@ def averaged(
         self.ema.restore(weights)
         self.model.train()
 
+# %% ../../nbs/00_training_loop.ipynb #e4d81f06
+@contextmanager
+def _noted() -> Iterator[list]:
+    "Inside the `with`, Ctrl-C is put into the list, and what runs goes on; the second one ends it at once."
+    asked = []
+    def note(number: int, frame: object) -> None:
+        if asked: raise KeyboardInterrupt
+        asked.append(number)
+    if current_thread() is not main_thread(): yield asked; return     # only the main thread is told of signals
+    before = signal.signal(signal.SIGINT, note)
+    try: yield asked
+    finally: signal.signal(signal.SIGINT, before)
+
+
 # %% ../../nbs/00_training_loop.ipynb #b82f73d6
 @patch
 def fit(self: Trainer,
@@ -232,20 +248,22 @@ def fit(self: Trainer,
     report: Callable | None = None,   # (network with averaged weights, step) -> a line of text
     every: int = 500,                 # steps between checkpoints, and between reports
 ) -> list[float]:
-    "Train to the last step, from the checkpoint if there is one. The loss of each step is returned."
+    """Train to the last step, from the checkpoint if there is one. The loss of each step is returned.
+    After Ctrl-C the step is ended and a checkpoint written, then KeyboardInterrupt."""
     whole_number('every', every, 1)
     self.load()
     self.ema.to(self.device)
     self.trained, self.prepared = self.acc.prepare(self.model, self.optimizer, device_placement=[False]*2)    # it is in its place
     self.model.train()
     quiet, name = not self.acc.is_main_process, self.folder.name if self.folder else 'training'
-    with tqdm(initial=len(self.losses), total=self.steps, desc=name, delay=20, mininterval=5, disable=quiet) as bar:
+    with _noted() as asked, tqdm(initial=len(self.losses), total=self.steps, desc=name, delay=20, mininterval=5, disable=quiet) as bar:
         while (n := len(self.losses)) < self.steps:
             self.step(draw(step_generator(self.seed, n), n), loss)
             bar.update()
             bar.set_postfix(loss=f'{sum(self.losses[-50:])/len(self.losses[-50:]):.4f}', refresh=False)
-            if (n + 1)%every and n + 1 < self.steps: continue
+            if (n + 1)%every and n + 1 < self.steps and not asked: continue
             self.save()
+            if asked: raise KeyboardInterrupt(f'Stopped after step {n + 1}. ' + 'Start it again to go on.'*bool(self.folder))
             if report and not quiet:
                 with self.averaged() as model: tqdm.write(f'{name}, step {n + 1}: {report(model, n + 1)}')
     self.ema.copy_to(self.model.parameters())
