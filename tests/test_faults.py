@@ -692,7 +692,7 @@ def finish(result):
 
 
 # Those for which there are no good values here, by module: pieces of the networks by hand, which see what those hand them, and commands
-LEFT_OUT = dict(explore='still told', cells='soft', many='draw_file', own_pictures='own_pictures', speed='fused_attention_flops', img2img='fetch_picture',
+LEFT_OUT = dict(explore='still knobs', cells='soft', many='draw_file', own_pictures='own_pictures', speed='fused_attention_flops', img2img='fetch_picture',
                 models='draw_in_batches', places='check_folder check_file', autoencoder='levels autoencoder_loss train_autoencoder',
                 checkpoints='name_today weight_files field_behind read_merges', configs='check_field check_sizes read_config refuse', parts='load_sampler',
                 samplers='betas_of', text_encoder='attend', tokenizer='join merge split fill_up as_asked', unet='pointwise run plan',

@@ -8,7 +8,7 @@ from PIL import Image
 FIGURE = re.compile(r'<img (?=[^>]*src="data:image/png;base64,([^"]+)")')
 CODE = re.compile(r'(<code class="sourceCode[^>]*>)(.*?)(</code>)', re.S)
 CELL = re.compile(r'<td([^>]*)>([^<]{1,20})</td>')
-CONTENTS = re.compile(r'<nav id="TOC".*?(<ul>.*</ul>)</nav>', re.S)
+CONTENTS = re.compile(r'<nav id="TOC".*?(<ul>.*?</ul>)(?=<div|</nav>)', re.S)
 TITLE = re.compile('<main.*?</header>', re.S)
 
 
