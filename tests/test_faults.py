@@ -642,7 +642,7 @@ def good_values(pipe, folder):
         'words.add_words': dict(model=of_words, name=None),
         'many.read_wishes': dict(file=folder/'list.txt'), 'many.write_picture': dict(file=folder/'p.png', about=dict(a='b')), 'many.picture_file': dict(i=3),
         'models.text_to_image': dict(pipe=pipe), 'img2img.image_to_image': dict(pipe=pipe, strength=.8), 'img2img.img2img_pipeline': dict(pipe=pipe), 'latents.make_img': dict(pixels=pixels[0]),
-        'sampling.make_samples': dict(prompts=['a', 'b'], height=None, width=None), 'sampling.denoise': dict(start_step=0), 'own_pictures.read_captions': dict(captions=folder/'captions.csv', group=None), 'loop.same_run': dict(record=folder/'run.json', settings=dict(lr=.1)),
+        'sampling.make_samples': dict(prompts=['a', 'b'], height=None, width=None), 'sampling.denoise': dict(start_step=0), 'own_pictures.read_captions': dict(captions=folder/'captions.csv', group=None), 'loop.same_run': dict(record=folder/'settings.json', settings=dict(lr=.1)),
         'inside.walk': dict(a=latents, b=rand(1, 4, 8, 8)), 'inside.watch_attention': dict(parts=hand, to='words', layers=''),
         'inside.token_maps': dict(looks=look, pictures=1), 'inside.place_map': dict(looks=look, row=1, column=1, picture=-1), 'inside.lay_over': dict(heat=torch.rand(4, 4)), 'inside.ddim_move': dict(now=.5, then=.6),
         'inside.among_words': dict(maps=torch.rand(1, 6, 4, 4), words=2), 'inside.mark': dict(row=1, column=1, size=(4, 4)), 'inside.invert': dict(guidance_scale=1., uncond=None),
