@@ -82,14 +82,28 @@ def test_page_fits_a_phone(browser, page, scheme):
 
 
 def test_on_paper(browser):
-    "Printed, a lesson has its title, folded code and solutions open, and neither search nor badges."
+    "Printed, a lesson has its title, folded code and solutions open, and neither search, badges nor links to its parts."
     browser.open('loop.html')
     browser.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': 'print'})
     try:
-        for css, there in {'h1.title': True, 'details > :not(summary)': True, '#quarto-search': False, '.lesson-badges img': False}.items():
+        for css, there in {'h1.title': True, 'details:not(.contents) > :not(summary)': True, 'details.contents': False, '#quarto-search': False, '.lesson-badges img': False}.items():
             seen = browser.js('return [...document.querySelectorAll(arguments[0])].map(e => e.checkVisibility({contentVisibilityAuto: true}))', css)
             assert seen and set(seen) == {there}, css
     finally: browser.driver.execute_cdp_cmd('Emulation.setEmulatedMedia', {'media': ''})
+
+
+@pytest.mark.parametrize('width, folded', [(390, True), (1280, False)])
+def test_small_screens(browser, width, folded):
+    "Code goes on behind its indent and is copied as it was; on a phone the contents are below the title, and wide figures scroll in their own box."
+    browser.open('loop.html', width=width)
+    code, more, seen = browser.js("""const code = [...document.querySelectorAll('pre.cell-code code')].find(c => c.innerText.startsWith('@torch.no_grad()\\ndef denoise('));
+        return [code.innerText, code.parentNode.scrollWidth - code.parentNode.clientWidth, document.querySelector('details.contents').checkVisibility()]""")
+    source, = [c for c in read_nb(CFG.nbs_path/'10_loop.ipynb').cells if 'def denoise(' in c.source]
+    source.remove_directives()
+    assert more <= 0 and seen == folded and code.strip() == source.source.strip()
+    browser.open('look_inside.html', width=width)
+    wide = browser.js("return [...document.querySelectorAll('img[data-wide]')].map(e => [e.clientWidth, e.parentNode.scrollWidth - e.parentNode.clientWidth])")
+    assert wide and all(w > 480 and (more > 0) == folded for w, more in wide), wide
 
 
 def letters(text): return re.sub(r'\W', '', text)
@@ -126,7 +140,7 @@ def test_lesson_number_and_code(site, nb, page):
         if not {'export', 'exports', 'exporti'} & cell.directives.keys() or 'hide' in cell.directives: continue
         cell.remove_directives()
         assert cell.source.strip() in code
-    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'Slow: ', 'With a network: ', 'On a GPU: ')
+    boxes, begin = [box.text for box in doc.select('details.code-fold > summary')], ('The code of ', 'Slow: ', 'With a network: ', 'On a GPU: ', 'How the list is made')
     assert all(box == 'Imports' or box.startswith(begin) or re.fullmatch('[A-Z][A-Z0-9_, ]*', box) for box in boxes), boxes
 
 

@@ -14,11 +14,11 @@ TITLE = re.compile('<main.*?</header>', re.S)
 
 def sized(found):
     """An `<img>` of a figure with its width: figures are saved with 200 dots to the inch, and at 125 their letters are about as large
-    as the text's. A wide one is marked, so that a phone need not make its letters too small to read; pictures have no letters."""
+    as the text's. A wide one is marked, so that a phone need not make its letters too small to read; pictures have no letters, unless they are figures with a palette."""
     image = Image.open(BytesIO(b64decode(found[1])))
     dots = image.info.get('dpi', (0,))[0]
     width = round(image.width*125/200) if dots > 150 else image.width
-    return '<img ' + f'width="{width}" '*(dots > 150) + 'data-wide '*(dots > 0 and width > 480)
+    return '<img ' + f'width="{width}" '*(dots > 150) + 'data-wide '*((dots > 0 or image.mode == 'P') and width > 480)
 
 
 def hanging(found):
