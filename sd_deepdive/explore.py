@@ -27,7 +27,7 @@ from .parts import Parts, take_apart
 from .sampling import denoise, make_noise, make_samples, start_latents
 from .schedule import begin
 from .schedulers import SCHEDULERS, with_scheduler
-from .text import text_enc
+from .text import text_enc, warn_of_unknown
 
 # %% ../nbs/00_explore.ipynb #c7ead633
 def explorer(
@@ -91,6 +91,7 @@ def explore_guidance(
     "A prompt, a negative prompt, the guidance scale, the number of steps, a seed. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')    # the nearest to the end with 10 steps: lesson 08
     def draw(prompt, negative_prompt, g, steps, seed):
+        warn_of_unknown(parts, [prompt, negative_prompt])
         return make_img(make_samples(parts, prompt, negative_prompt, g=g, steps=steps, seed=seed)[0])
     return explorer(draw, prompt=_prompt(prompt), negative_prompt=_prompt('', 'negative'),
                     g=_knob(widgets.FloatSlider, 3, 0, 15, .5, 'guidance'), steps=_steps(), seed=_seed())
@@ -106,6 +107,7 @@ def explore_strength(
     whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
     starts = {d.caption: fit_picture(d.image, parts.side, parts.side) for d in drawings(style='noto')}
     def draw(start, prompt, strength, seed):
+        warn_of_unknown(parts, prompt)
         kept = round((1 - strength)*steps)
         if kept==steps: return image_grid([starts[start]]*2)
         made = make_samples(parts, prompt, init_img=starts[start], start_step=kept, steps=steps, seed=seed)
@@ -128,7 +130,7 @@ def explore_film(
                       text_enc(parts, ''), num_inference_steps=steps)
         return [torch.cat([step.x_t, step.x0]) for step in run]
     def draw(prompt, seed, step):
-        text_enc(parts, prompt)     # at each step, so that its remark on a prompt that is too long stays
+        text_enc(parts, prompt); warn_of_unknown(parts, prompt)     # at each step, so that their remarks on a prompt stay
         return image_grid(latents2pil(parts, latents(prompt, seed)[step]))    # the others need no decoding
     return explorer(draw, prompt=_prompt(prompt), seed=_seed(), step=_knob(widgets.IntSlider, calls//2, 0, calls - 1, 1, 'step'))
 
@@ -141,6 +143,7 @@ def explore_mixing(
     "Two prompts, the share of the second in the hidden states, a seed, the number of steps. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')
     def draw(first, second, share, seed, steps):
+        warn_of_unknown(parts, [first, second])
         text = torch.lerp(text_enc(parts, first), text_enc(parts, second), share)
         latents = start_latents(parts, make_noise(parts, seed), steps)
         for step in denoise(parts, latents, text, text_enc(parts, ''), num_inference_steps=steps): pass
@@ -156,6 +159,7 @@ def explore_schedulers(
     "A scheduler, the number of steps, a prompt, a seed."
     parts = take_apart(parts)
     def draw(scheduler, steps, prompt, seed):
+        warn_of_unknown(parts, prompt)
         return make_img(make_samples(with_scheduler(parts, scheduler), prompt, steps=steps, seed=seed)[0])
     return explorer(draw, scheduler=widgets.Dropdown(options=list(SCHEDULERS), description='scheduler'), steps=_steps(),
                     prompt=_prompt(prompt), seed=_seed())
@@ -183,7 +187,7 @@ def explore_attention(
     labels = lambda prompt: [f'{i} {name}' for i, name in enumerate(token_names(parts, prompt))]
     watched = lru_cache(4)(lambda prompt, seed: _watched(parts, prompt, seed, steps))
     def draw(prompt, token, step, seed):
-        text_enc(parts, prompt)     # as in `explore_film`
+        text_enc(parts, prompt); warn_of_unknown(parts, prompt)     # as in `explore_film`
         (x0, looks), i, words = watched(prompt, seed), labels(prompt).index(token), len(labels(prompt)) - 2
         maps = token_maps([look for look in looks if look.call==step])
         picture, = latents2pil(parts, x0[step])

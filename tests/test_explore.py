@@ -29,16 +29,17 @@ def test_each_control(make, parts):
 
 @pytest.mark.parametrize('make', EXPLORERS, ids=lambda f: f.__name__)
 def test_extremes(make, parts):
-    "The ends of every slider, an empty prompt and one that is too long draw something; a remark is shown, not raised."
+    "The ends of every slider, an empty prompt, one that is too long and one that the model does not know draw something; a remark is shown, not raised."
     *controls, message, shown = make(parts).children
     for c in controls:
         usual = c.value
-        if isinstance(c, widgets.Text): values = ['', 'red '*100]
+        if isinstance(c, widgets.Text): values = ['', 'red '*100, 'a submarine']
         elif isinstance(c, widgets.Dropdown): continue
         else: values = [c.min, min(c.max, 5)]
         for value in values:
             c.value = value
             assert shown.value and ('cut off' in message.value) == (value == 'red '*100)
+            assert ('never learned these words: submarine.' in message.value) == (value == 'a submarine')
         c.value = usual
 
 
