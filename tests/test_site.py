@@ -144,6 +144,21 @@ def test_lesson_number_and_code(site, nb, page):
     assert all(box == 'Imports' or box.startswith(begin) or re.fullmatch('[A-Z][A-Z0-9_, ]*', box) for box in boxes), boxes
 
 
+@pytest.mark.parametrize('nb, page', LESSONS)
+def test_description_and_code(site, nb, page):
+    "Each description stands before the code that it is of, with nothing else's between; where the code stands open, its signature is not said twice."
+    described = []
+    for tag in soup(site/page).select('.cell-output-markdown > h3.anchored, details.code-fold > summary'):
+        if tag.name == 'h3':
+            described.append((tag.text.split('.')[-1].strip('#'), tag.find_next_sibling().name))
+        elif tag.text.startswith('The code of '):
+            names = tag.text.removeprefix('The code of ').split(', ')
+            if 'open' in tag.parent.attrs: assert all(first == 'p' for name, first in described if name in names), names
+            described = [(name, first) for name, first in described if name not in names]
+            if 'open' in tag.parent.attrs: assert described == [], names
+    assert described == []
+
+
 def of_all(
     n: int,            # how many
     **options: object, # the rest

@@ -1,4 +1,4 @@
-"""What becomes of a finished page: figures as wide as their letters want, code that wraps behind its indent, contents for small screens."""
+"""What becomes of a finished page: figures as wide as their letters want, code that wraps behind its indent and is shown once, contents for small screens."""
 import re
 from base64 import b64decode
 from io import BytesIO
@@ -8,6 +8,8 @@ from PIL import Image
 FIGURE = re.compile(r'<img (?=[^>]*src="data:image/png;base64,([^"]+)")')
 CODE = re.compile(r'(<code class="sourceCode[^>]*>)(.*?)(</code>)', re.S)
 CELL = re.compile(r'<td([^>]*)>([^<]{1,20})</td>')
+OPEN = re.compile('<details open="" class="code-fold">\\s*<summary>The code of ([^<]*)</summary>')
+SIGNATURE = re.compile(r'(<h3 [^>]*>(?:\w+\.)?(\w+)</h3>\s*)<div class="code-copy-outer-scaffold">.*?</button></div>', re.S)
 CONTENTS = re.compile(r'<nav id="TOC".*?(<ul>.*?</ul>)(?=<div|</nav>)', re.S)
 TITLE = re.compile('<main.*?</header>', re.S)
 
@@ -33,6 +35,12 @@ def hanging(found):
     return found[1] + '\n'.join(lines) + found[3]
 
 
+def said_once(html):
+    "The page without the signatures of what stands open on it: the code begins with them."
+    shown = {name for names in OPEN.findall(html) for name in names.split(', ')}
+    return SIGNATURE.sub(lambda found: found[1] if found[2] in shown else found[0], html)
+
+
 def with_contents(html):
     "The page with its contents below the title too, folded, for screens that have no room beside the text."
     if not (found := CONTENTS.search(html)): return html
@@ -43,4 +51,4 @@ def with_contents(html):
 
 def readable(html):
     "The page, for screens large and small."
-    return with_contents(CELL.sub(r'<td class="short"\1>\2</td>', CODE.sub(hanging, FIGURE.sub(sized, html))))
+    return with_contents(CELL.sub(r'<td class="short"\1>\2</td>', CODE.sub(hanging, FIGURE.sub(sized, said_once(html)))))

@@ -106,7 +106,7 @@ class docs_first(Processor):
     "What a cell defines is described before its code, in its order."
     def begin(self):
         cells = self.nb.cells
-        for cell in reversed([c for c in cells if c.cell_type == 'code' and 'exports' in c.directives_]):
+        for cell in [c for c in cells if c.cell_type == 'code' and 'exports' in c.directives_]:     # a move changes no later place
             first = end = cell.idx_ + 1
             while end < len(cells) and getattr(cells[end], 'has_sd', False): end += 1
             cells[cell.idx_:end] = [*reversed(cells[first:end]), cell]
