@@ -39,7 +39,8 @@ def whole_number(
         raise TypeError(f'{name}={value!r} is not a whole number. Give one, such as {example or near}.')
     if value<least or value>(2**62 if most is None else most):
         limits = f'of at least {least}' if most is None else f'from {least} to {most}'
-        raise ValueError(f'{name}={value} is out of range. Give a whole number {limits}.')
+        such = '' if example is None else f', such as {example}'
+        raise ValueError(f'{name}={value} is out of range. Give a whole number {limits}{such}.')
     return int(value)
 
 # %% ../nbs/00_checks.ipynb #dae43c4d
@@ -83,7 +84,8 @@ def side(
     factor: int,     # pixels for one latent, along a side
 ) -> int:
     "The value as an int. TypeError if it is not a whole number, ValueError if it is no multiple of the factor."
-    pixels = whole_number(name, value, factor, 2**50, 16*factor)
+    pixels = whole_number(name, value, factor, None, 16*factor)
+    if pixels > 2**50: whole_number(name, value, factor, 2**50)      # more than can be counted in bytes
     near = max(factor, round(pixels/factor)*factor)
     if pixels%factor:
         raise ValueError(f'{name}={pixels} is not a multiple of {factor}, the size of one latent. Try {name}={near}.')

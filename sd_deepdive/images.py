@@ -11,8 +11,9 @@ __all__ = ['TooLarge', 'load_picture', 'check_area', 'check_colour', 'on_colour'
 # %% ../nbs/00_images.ipynb #b21ea170
 from collections.abc import Iterable, Sequence
 from io import BytesIO
-from math import ceil, isfinite
+from math import ceil
 from textwrap import fill
+import numpy as np
 from IPython.display import Image as Shown
 from PIL import Image, ImageChops, ImageColor, ImageOps, ImageStat
 from matplotlib.figure import Figure
@@ -72,7 +73,7 @@ def check_colour(
 def _spread(image: Image.Image, name: str) -> Image.Image:
     "A picture of mode I or F as RGB, its values spread from black to white. ValueError if one is not finite."
     image = image.convert('F'); low, high = image.getextrema()
-    if not isfinite(low + high): raise ValueError(f'{name} has values that are not finite. Give one without nan.')
+    if not np.isfinite(np.asarray(image)).all(): raise ValueError(f'{name} has values that are not finite. Give one without nan.')
     if low==high: return Image.new('RGB', image.size, 'gray')
     gain = 255/(high - low)
     return image.point(lambda v: v*gain - low*gain).convert('RGB')
@@ -82,8 +83,9 @@ def _deep(image: Image.Image, name: str) -> Image.Image:
     "A picture of 16 bits as RGB. ValueError if its values are those of 12 bits: it would be nearly black."
     image = image.convert('F'); high = image.getextrema()[1]
     if 0 < high < 4096:
+        bits = 8 if high < 256 else 12
         raise ValueError(f'{name} has 16 bits, and {high:.0f} of 65535 is its largest value: nearly black. If it was measured with '
-                         '12 bits, give image.convert("F").point(lambda v: v/16 + 0).convert("L").')
+                         f'{bits} bits, give image.convert("F").point(lambda v: v/{2**(bits - 8)} + 0).convert("L").')
     return image.point(lambda v: v*(1/257) + 0).convert('RGB')
 
 

@@ -100,7 +100,7 @@ def set_timesteps(
 ) -> torch.Tensor:
     "Let a scheduler choose its times. TypeError or ValueError for a number of steps that it cannot walk."
     most = _config(scheduler).num_train_timesteps
-    steps = whole_number(name, num_inference_steps, 1, most)
+    steps = whole_number(name, num_inference_steps, 1, most, min(25, most))
     scheduler.set_timesteps(steps, device=find_device(device))
     first = scheduler.timesteps.max().item()
     if first>=most or first<most/4 or steps>10 and first<.75*most:
@@ -119,7 +119,8 @@ def begin(
     "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that cannot be taken."
     if not hasattr(type(scheduler), 'from_config'):
         raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
-    whole_number(name, num_inference_steps, 1, scheduler.config.num_train_timesteps)
+    most = scheduler.config.num_train_timesteps
+    whole_number(name, num_inference_steps, 1, most, min(25, most))
     whole_number('start_step', start_step, 0, num_inference_steps - 1)
     if type(scheduler).__module__.startswith('diffusers.'): from sd_deepdive.schedulers import fresh
     else: fresh = lambda scheduler: type(scheduler).from_config(scheduler.config)

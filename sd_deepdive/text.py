@@ -11,6 +11,7 @@ __all__ = ['cut_off', 'warn_of_cut', 'text_enc', 'unknown_words', 'warn_of_unkno
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from unicodedata import category
 import torch
 from torch import Tensor
 from .checks import enough_memory, text as check_text, texts, whole_number
@@ -77,7 +78,7 @@ def unknown_words(
     rows = parts.text_encoder.get_input_embeddings().weight.detach()
     zero = (rows[tokens.input_ids]==0).all(1).tolist()
     starts = [start for (start, end), none in zip(tokens.offset_mapping, zero) if none and end]
-    words = re.finditer(r'\w+', prompt)
+    words = [word for word in re.finditer(r'\w+|[^\w\s]', prompt) if word[0][0].isalnum() or category(word[0])=='So']     # So: emoji
     return [word[0] for word in words if any(word.start() <= start < word.end() for start in starts)]
 
 

@@ -32,7 +32,7 @@ from sd_deepdive.drawings import drawings, read_drawings
 from sd_deepdive.further.cells import Cells, cells_of, patient, write_cells
 from sd_deepdive.further.inside import Look, unet_by_hand
 from sd_deepdive.further.many import draw_file, draw_many, number_wishes, read_wishes, write_picture
-from sd_deepdive.further.own_pictures import fine_tune, own_pictures, read_captions, save_model
+from sd_deepdive.further.own_pictures import fine_tune, own_pictures, problems, read_captions, save_model
 from sd_deepdive.further.speed import Machine, Operation
 from sd_deepdive.further.steering import KeepText, inpaint, parse_weights
 from sd_deepdive.images import fit_picture, load_picture
@@ -388,6 +388,20 @@ def test_ctrl_c_loses_no_step(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_pictures_of_16_bits(tmp_path, parts):
+    "Different pictures of 16 bits are no copies of each other, and the one that would be black is named before anything begins."
+    rng, names = np.random.default_rng(0), ['0.png', '1.png', '2.png', 'dark.png', 'float.tiff', 'other.tiff']
+    for name in names[:3]: Image.fromarray(rng.integers(3000, 58000, (160, 160), dtype=np.uint16)).save(tmp_path/name)
+    Image.fromarray(rng.integers(0, 4096, (160, 160), dtype=np.uint16)).save(tmp_path/'dark.png')
+    for name in names[4:]: Image.fromarray(rng.uniform(300, 1300, (160, 160)).astype(np.float32)).save(tmp_path/name)
+    (tmp_path/'captions.csv').write_text('\n'.join(['file,caption', *(f'{name},a bell' for name in names)]))
+    fault, = problems(parts, read_captions(tmp_path, tmp_path/'captions.csv', ''))
+    assert fault.startswith('dark.png cannot be used: it has 16 bits') and '12 bits' in fault
+    (tmp_path/'2.png').write_bytes((tmp_path/'1.png').read_bytes())
+    assert any('2.png is the same picture as 1.png' in fault for fault in problems(parts, read_captions(tmp_path, tmp_path/'captions.csv', '')))
+    plain(lambda: read_captions(tmp_path, tmp_path/'captions.csv'), "no column 'patient'", "group=''")
+
+
 def test_checkpoint_of_other_pictures(parts, tmp_path):
     "A folder of a run of other pictures, captions or settings is not taken up; at another rate it goes on."
     latents, begun = torch.randn(2, 4, 8, 8), []
@@ -395,7 +409,7 @@ def test_checkpoint_of_other_pictures(parts, tmp_path):
         model = replace(parts, unet=deepcopy(parts.unet), text_encoder=deepcopy(parts.text_encoder))
         return fine_tune(model, latents, captions, steps, batch=2, folder=tmp_path/'run', report=lambda *_: begun.append(1), **how)
     losses = tune()
-    for wrong, name in (dict(latents=latents + 1), 'pictures='), (dict(captions=('a', 'c')), 'pictures='), (dict(steps=3), 'steps=2'), (dict(seed=1), 'seed=0'):
+    for wrong, name in (dict(latents=latents + 1), 'pictures and captions='), (dict(captions=('a', 'c')), 'pictures and captions='), (dict(steps=3), 'steps=2'), (dict(seed=1), 'seed=0'):
         plain(lambda wrong=wrong: tune(**wrong), 'holds another run', name)
     assert tune(lr=5e-4) == losses and begun == [1]       # nothing was left to train
 
@@ -406,6 +420,7 @@ def test_ctrl_c_in_fine_tuning(parts):
     def interrupt(*_): raise KeyboardInterrupt
     tune = lambda **how: fine_tune(model, torch.randn(2, 4, 8, 8), ['a', 'b'], 4, batch=2, rank=2, every=2, **how)
     with pytest.raises(KeyboardInterrupt): tune(report=interrupt)
+    assert not model.unet.training
     plain(lambda: tune(lr=-1.), 'lr=-1')
     before, after = parts.unet.state_dict(), model.unet.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(after[name], w) for name, w in before.items())

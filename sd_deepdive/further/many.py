@@ -31,6 +31,7 @@ from ..places import EMBEDDED
 from ..sampling import make_samples
 from ..schedule import begin
 from ..scratch.parts import load_parts
+from ..text import warn_of_unknown
 from ..training.loop import accelerator, same_run
 
 # %% ../../nbs/00_many_pictures.ipynb #f54d2480
@@ -283,6 +284,7 @@ def draw_file(
     "Draw a picture for each line of a file, on this process or on several. Start it again to go on."
     wishes, acc = read_wishes(prompts, seed), accelerator()
     parts = load_parts(model, acc.device)
+    if acc.is_main_process: warn_of_unknown(parts, [wish.prompt for wish in wishes[:1000]])
     drawn = draw_many(parts, wishes, folder, g, steps, height, width, batch_size, model, acc)
     me = f'process {acc.process_index + 1} of {acc.num_processes}'
     print(f'{me}: {len(drawn)} drawn, the rest of its share was there')

@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors import SafetensorError
 from tempfile import TemporaryDirectory
 from ..checks import all_of_kind, file_path, in_one_line, real_number, tensor, text as one_text, whole_number
-from ..images import fit_picture
+from ..images import fit_picture, on_colour
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, quiet
 from ..parts import Parts, load_parts, take_apart
@@ -49,7 +49,7 @@ class Example:
 def read_captions(
     folder: Path,            # with the pictures
     captions: Path,          # a CSV with the columns `file` and `caption`
-    group: str | None = 'patient',  # a column: pictures that have it in common stay together; None: each picture by itself
+    group: str | None = 'patient',  # a column: pictures that have it in common stay together; '' or None: each picture by itself
 ) -> list[Example]:
     """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column, a
     group or all lines."""
@@ -68,10 +68,13 @@ def read_captions(
     if split := [row['caption'] for row in rows if None in row]:
         raise ValueError(f'{name} has more values than columns after {split[0]!r}. Put quotes around a caption with a comma.')
     cell = lambda row, name: (row.get(name) or '').strip()
+    if group and group not in names:
+        raise ValueError(f"{name} has no column {group!r}, only {', '.join(names)}. Give the column that says whom a picture is from, "
+                         "or group='' if no two have anything in common.")
     if group and (without := [n for n, row in enumerate(rows, 2) if not cell(row, group)]):
         others = f' and {len(without) - 1} more' if without[1:] else ''
         raise ValueError(f"{name} has no {group!r} in line {without[0]}{others}. "
-                         'Fill in whom each picture is from, or give group=None if no two have anything in common.')
+                         'Fill in whom each picture is from, or give group='' if no two have anything in common.')
     return [Example(folder/cell(row, 'file'), cell(row, 'caption'), cell(row, group or 'file')) for row in rows]
 
 # %% ../../nbs/26_your_own_pictures.ipynb #af5786ec
@@ -84,9 +87,10 @@ def _fault(parts: Parts, example: Example) -> str:
         with warnings.catch_warnings():
             # a small file can hold as many pixels as fill the memory
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(example.file) as image: size = image.size; image.load()
+            with Image.open(example.file) as image: size = image.size; image.load(); on_colour(image, name='it')
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return 'has more pixels than PIL.Image.MAX_IMAGE_PIXELS'
+    except ValueError as e: return f'cannot be used: {e}'
     except Exception: return 'cannot be read as a picture'    # each format's reader has errors of its own
     return f'is small, {size[0]} x {size[1]}' if min(size) < parts.side else ''
 
@@ -101,8 +105,8 @@ def problems(
     found, seen = [], {}
     for e in tqdm(examples, desc='checking', delay=20, leave=False):
         if fault := _fault(parts, e): found.append(f'{e.file.name} {fault}'); continue
-        with Image.open(e.file) as image: pixels = hashlib.sha256(image.convert('RGBA').tobytes()).digest()
-        if (first := seen.setdefault(pixels, e)) is not e:
+        with Image.open(e.file) as image: pixels = (image if image.mode[0] in 'IF' else image.convert('RGBA')).tobytes()     # which would cut 16 bits off
+        if (first := seen.setdefault(hashlib.sha256(pixels).digest(), e)) is not e:
             where = 'in the same group' if first.group==e.group else f'in another group, {first.group}'
             found.append(f'{e.file.name} is the same picture as {first.file.name}, {where}')
     return found
@@ -239,7 +243,7 @@ def fine_tune(
     _check_training(steps, lr, batch, rank, every)
     torch.manual_seed(whole_number('seed', seed, 0))
     draw = caption_batches(parts, latents, captions, batch)
-    of = dict(pictures=_digest(latents, captions), steps=steps, batch=batch, rank=rank, seed=seed)
+    of = {'pictures and captions': _digest(latents, captions)} | dict(steps=steps, batch=batch, rank=rank, seed=seed)
     if folder: same_run(file_path('folder', folder)/'run.json', of)
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
     with _lora(parts.unet, rank) if rank else nullcontext():
@@ -341,7 +345,7 @@ def own_pictures(
     folder: Path = Path('pictures'),   # with the pictures
     captions: Path | None = None,      # the table; default: `captions.csv` in the folder
     out: Path = Path('own_model'),     # gets checkpoints, a sheet of samples, a record, and the model
-    group: str = 'patient',            # the column that says whom a picture is from; '' if no two are from one
+    group: str | None = 'patient',     # the column that says whom a picture is from; '' if no two are from one
     share: float = .2,                 # of the groups, held out
     steps: int = 1000,                 # of training
     batch: int = 8,                    # pictures in a batch
@@ -351,7 +355,7 @@ def own_pictures(
 ) -> None:
     "From a folder of pictures and a table of captions to a model."
     _check_training(steps, lr, batch, rank, every)
-    folder, out, group = file_path('folder', folder), file_path('out', out), one_text('group', group)
+    folder, out, group = file_path('folder', folder), file_path('out', out), one_text('group', group or '')
     _run_place(out)
     parts = load_parts(dtype=torch.float32)
     train, held = _sides(parts, folder, captions, group, share)

@@ -202,12 +202,13 @@ def stop(
     batch: dict[str, Tensor],   # that gave it
 ) -> None:
     "End training at a loss that is not finite, and keep the batch that gave it."
-    step, where = len(self.losses), 'no folder was given for it'
+    step, where, from_ = len(self.losses), 'no folder was given for it', 'from the beginning'
     if self.folder:
         where = self.folder/'not_finite.pt'
         if self.acc.is_main_process: save_whole(where, dict(step=step, batch=batch))
+        if (self.folder/'checkpoint.pt').exists(): from_ = 'from the last checkpoint'
     raise FloatingPointError(f'The loss is {loss} at step {step}, the length of its gradient {length}. The batch: {where}. '
-                             'Lower lr and start again: the last checkpoint is kept.')
+                             f'Load the network again, for its weights may be ruined, and lower lr: it starts again {from_}.')
 
 # %% ../../nbs/00_training_loop.ipynb #53e09791
 @patch
@@ -239,6 +240,13 @@ def _noted() -> Iterator[list]:
     try: yield asked
     finally: signal.signal(signal.SIGINT, before)
 
+@contextmanager
+def _learning(network: nn.Module) -> Iterator[None]:
+    "Inside the `with` the network is in training mode, afterwards in evaluation mode, whatever happens."
+    network.train()
+    try: yield
+    finally: network.eval()
+
 
 # %% ../../nbs/00_training_loop.ipynb #b82f73d6
 @patch
@@ -254,9 +262,9 @@ def fit(self: Trainer,
     self.load()
     self.ema.to(self.device)
     self.trained, self.prepared = self.acc.prepare(self.model, self.optimizer, device_placement=[False]*2)    # it is in its place
-    self.model.train()
     quiet, name = not self.acc.is_main_process, self.folder.name if self.folder else 'training'
-    with _noted() as asked, tqdm(initial=len(self.losses), total=self.steps, desc=name, delay=20, mininterval=5, disable=quiet) as bar:
+    with (_learning(self.model), _noted() as asked,
+          tqdm(initial=len(self.losses), total=self.steps, desc=name, delay=20, mininterval=5, disable=quiet) as bar):
         while (n := len(self.losses)) < self.steps:
             self.step(draw(step_generator(self.seed, n), n), loss)
             bar.update()
@@ -268,7 +276,6 @@ def fit(self: Trainer,
                 with self.averaged() as model: tqdm.write(f'{name}, step {n + 1}: {report(model, n + 1)}')
     self.ema.copy_to(self.model.parameters())
     self.acc.wait_for_everyone()
-    self.model.eval()
     return self.losses
 
 # %% ../../nbs/00_training_loop.ipynb #4868dc49
