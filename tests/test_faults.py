@@ -388,18 +388,27 @@ def test_ctrl_c_loses_no_step(tmp_path):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_pictures_of_16_bits(tmp_path, parts):
-    "Different pictures of 16 bits are no copies of each other, and the one that would be black is named before anything begins."
-    rng, names = np.random.default_rng(0), ['0.png', '1.png', '2.png', 'dark.png', 'float.tiff', 'other.tiff']
-    for name in names[:3]: Image.fromarray(rng.integers(3000, 58000, (160, 160), dtype=np.uint16)).save(tmp_path/name)
-    Image.fromarray(rng.integers(0, 4096, (160, 160), dtype=np.uint16)).save(tmp_path/'dark.png')
-    for name in names[4:]: Image.fromarray(rng.uniform(300, 1300, (160, 160)).astype(np.float32)).save(tmp_path/name)
-    (tmp_path/'captions.csv').write_text('\n'.join(['file,caption', *(f'{name},a bell' for name in names)]))
-    fault, = problems(parts, read_captions(tmp_path, tmp_path/'captions.csv', ''))
-    assert fault.startswith('dark.png cannot be used: it has 16 bits') and '12 bits' in fault
-    (tmp_path/'2.png').write_bytes((tmp_path/'1.png').read_bytes())
-    assert any('2.png is the same picture as 1.png' in fault for fault in problems(parts, read_captions(tmp_path, tmp_path/'captions.csv', '')))
-    plain(lambda: read_captions(tmp_path, tmp_path/'captions.csv'), "no column 'patient'", "group=''")
+def test_pictures_of_science(tmp_path, parts):
+    "Different pictures of 16 bits are no copies of each other; those that would be dark, of no range, of one colour or cut in half are named before anything begins."
+    rng, table = np.random.default_rng(0), tmp_path/'captions.csv'
+    def given(**arrays):
+        for file in tmp_path.iterdir(): file.unlink()
+        for name, array in arrays.items(): Image.fromarray(array).save(tmp_path/f'{name}.tiff')
+        table.write_text('\n'.join(['file, caption', *(f'{name}.tiff, a bell' for name in arrays)]))
+        return problems(parts, read_captions(tmp_path, table, ''))
+    deep = lambda high, shape=(160, 160): rng.integers(0, high, shape, dtype=np.uint16)
+    assert given(a=deep(60000), b=deep(60000), c=deep(9000)) == []
+    same = deep(60000)
+    assert 'b.tiff is the same picture as a.tiff' in given(a=same, b=same)[0]
+    assert 'a.tiff cannot be used: it has 16 bits' in given(a=deep(4096))[0]
+    assert 'end at 163' in given(a=deep(16384), b=deep(9000))[0] and 'multiply all by 4' in given(a=deep(16384))[0]
+    assert 'mode F' in given(a=rng.uniform(300, 1300, (160, 160)).astype(np.float32))[0]
+    assert 'one colour' in given(a=np.zeros((160, 160), np.uint8))[0]
+    assert '320 x 160' in given(a=deep(60000, (160, 320)))[0]
+    plain(lambda: read_captions(tmp_path, table), "no column 'patient'", "group=''")
+    plain(lambda: read_captions(tmp_path/'none', table), 'none', 'folder', kind=FileNotFoundError)
+    table.write_text('file;caption\na.tiff;a bell\n')
+    plain(lambda: read_captions(tmp_path, table), 'semicolons')
 
 
 def test_checkpoint_of_other_pictures(parts, tmp_path):
@@ -409,9 +418,9 @@ def test_checkpoint_of_other_pictures(parts, tmp_path):
         model = replace(parts, unet=deepcopy(parts.unet), text_encoder=deepcopy(parts.text_encoder))
         return fine_tune(model, latents, captions, steps, batch=2, folder=tmp_path/'run', report=lambda *_: begun.append(1), **how)
     losses = tune()
-    for wrong, name in (dict(latents=latents + 1), 'pictures and captions='), (dict(captions=('a', 'c')), 'pictures and captions='), (dict(steps=3), 'steps=2'), (dict(seed=1), 'seed=0'):
-        plain(lambda wrong=wrong: tune(**wrong), 'holds another run', name)
-    assert tune(lr=5e-4) == losses and begun == [1]       # nothing was left to train
+    for wrong, name in (dict(latents=latents + 1), 'other pictures'), (dict(captions=('a', 'c')), 'captions='), (dict(steps=3), 'steps=2'), (dict(seed=1), 'seed=0'):
+        plain(lambda wrong=wrong: tune(**wrong), 'run', name)
+    assert tune(lr=5e-4, latents=latents + 1e-6) == losses and begun == [1]       # nothing was left to train
 
 
 def test_ctrl_c_in_fine_tuning(parts):

@@ -147,7 +147,7 @@ def test_lower_rate(tmp_path):
 def test_gradient_that_is_none(tmp_path):
     "A gradient that is not finite, of a loss that is, ends training before it spoils the weights."
     line = torch.nn.Linear(3, 1)
-    with pytest.raises(FloatingPointError, match='length of its gradient (nan|inf).*Lower lr'):
+    with pytest.raises(FloatingPointError, match='length of its gradient (nan|inf).*lower lr'):
         Trainer(line, 5, .1, tmp_path).fit(lambda g, step: dict(x=torch.zeros(4, 3)), lambda m, x: (m(x)*0).sum().abs().sqrt())
     assert all(w.isfinite().all() for w in line.parameters()) and not (tmp_path/'checkpoint.pt').exists()
 

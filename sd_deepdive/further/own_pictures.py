@@ -32,7 +32,7 @@ from ..text import cut_off, text_enc
 from ..training.adapt import add_lora, lora_layers, merge_lora, picture_batches
 from ..training.clip import token_ids
 from ..training.diffusion import losses_at, noise_loss
-from ..training.loop import Trainer, same_run, save_record, save_sheet
+from ..training.loop import Trainer, read_state, same_run, save_record, save_sheet, save_whole
 from ..training.quality import nearest
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -45,6 +45,22 @@ class Example:
     caption: str
     group: str     # whom the picture is from: what has one group stays together
 
+# %% ../../nbs/26_your_own_pictures.ipynb #27c5e9b1
+def _table(captions: Path) -> tuple[list[dict], list[str]]:
+    "The lines of a CSV, and the names of its columns. ValueError if it is none, or lacks a column or all lines."
+    name = captions.name
+    try:
+        with captions.open(newline='', encoding='utf-8-sig') as f: reader = csv.DictReader(f, skipinitialspace=True); rows, names = [*reader], reader.fieldnames or []
+    except (UnicodeDecodeError, csv.Error) as e:
+        raise ValueError(f'{name} cannot be read: {e}. Save it as CSV in UTF-8.') from None
+    if len(names)==1 and ';' in names[0]: raise ValueError(f'{name} has its columns separated by semicolons. Save it with commas.')
+    if not rows or not {'file', 'caption'} <= {*names}:
+        raise ValueError(f"{name} has {', '.join(names) if rows else 'no line'}. Give it the columns 'file' and 'caption', and lines.")
+    if len({*names}) < len(names): raise ValueError(f'{name} has two columns of one name. Keep one of each: {", ".join(dict.fromkeys(names))}.')
+    if split := [row['caption'] for row in rows if None in row]:
+        raise ValueError(f'{name} has more values than columns after {split[0]!r}. Put quotes around a caption with a comma.')
+    return rows, names
+
 # %% ../../nbs/26_your_own_pictures.ipynb #0a7bb1f4
 def read_captions(
     folder: Path,            # with the pictures
@@ -54,30 +70,28 @@ def read_captions(
     """The lines of a table. FileNotFoundError for no table, ValueError if it is no text, or lacks a column, a
     group or all lines."""
     folder, captions = file_path('folder', folder), file_path('captions', captions)
-    name = captions.name
-    if not Path(captions).is_file():
-        raise FileNotFoundError(f'{captions} is not there. Give a table with the captions.')
-    try:
-        with captions.open(newline='', encoding='utf-8-sig') as f: reader = csv.DictReader(f); rows = [*reader]
-    except (UnicodeDecodeError, csv.Error) as e:
-        raise ValueError(f'{name} cannot be read: {e}. Save it as CSV in UTF-8.') from None
-    if not rows or not {'file', 'caption'} <= rows[0].keys():
-        found = ', '.join(map(str, rows[0])) if rows else 'no line'
-        raise ValueError(f"{name} has {found}. Give it the columns 'file' and 'caption', and lines.")
-    if len({*(names := reader.fieldnames)}) < len(names): raise ValueError(f'{name} has two columns of one name. Keep one of each: {", ".join(dict.fromkeys(names))}.')
-    if split := [row['caption'] for row in rows if None in row]:
-        raise ValueError(f'{name} has more values than columns after {split[0]!r}. Put quotes around a caption with a comma.')
+    if not folder.is_dir(): raise FileNotFoundError(f'folder={str(folder)!r} is no folder. Give the one with the pictures.')
+    if not captions.is_file(): raise FileNotFoundError(f'{captions} is not there. Give a table with the captions.')
+    rows, names = _table(captions)
     cell = lambda row, name: (row.get(name) or '').strip()
     if group and group not in names:
-        raise ValueError(f"{name} has no column {group!r}, only {', '.join(names)}. Give the column that says whom a picture is from, "
+        raise ValueError(f"{captions.name} has no column {group!r}, only {', '.join(names)}. Give the column that says whom a picture is from, "
                          "or group='' if no two have anything in common.")
     if group and (without := [n for n, row in enumerate(rows, 2) if not cell(row, group)]):
         others = f' and {len(without) - 1} more' if without[1:] else ''
-        raise ValueError(f"{name} has no {group!r} in line {without[0]}{others}. "
-                         'Fill in whom each picture is from, or give group='' if no two have anything in common.')
+        raise ValueError(f"{captions.name} has no {group!r} in line {without[0]}{others}. "
+                         "Fill in whom each picture is from, or give group='' if no two have anything in common.")
     return [Example(folder/cell(row, 'file'), cell(row, 'caption'), cell(row, group or 'file')) for row in rows]
 
 # %% ../../nbs/26_your_own_pictures.ipynb #af5786ec
+def _unfit(image: Image.Image, side: int) -> str:
+    "Why a picture will not do for a model of this side; empty if it will. ValueError, MemoryError or another error if it cannot be read."
+    shown, size = on_colour(image, name='it'), f'{image.width} x {image.height}'
+    if image.mode in ('I', 'F'): return f'has numbers without a range of their own (mode {image.mode}). Bring all pictures to 8 bits, with one window'
+    if all(low==high for low, high in shown.getextrema()): return 'is of one colour all over'
+    if min(image.size) < side: return f'is small, {size}'
+    return f'is {size}, and only the square in its middle would be seen. Cut it yourself' if max(image.size) > 1.5*min(image.size) else ''
+
 def _fault(parts: Parts, example: Example) -> str:
     "What is wrong with one line; empty if nothing is."
     if not example.caption: return 'has no caption'
@@ -87,12 +101,11 @@ def _fault(parts: Parts, example: Example) -> str:
         with warnings.catch_warnings():
             # a small file can hold as many pixels as fill the memory
             warnings.simplefilter('error', Image.DecompressionBombWarning)
-            with Image.open(example.file) as image: size = image.size; image.load(); on_colour(image, name='it')
+            with Image.open(example.file) as image: return _unfit(image, parts.side)
     except (Image.DecompressionBombWarning, Image.DecompressionBombError):
         return 'has more pixels than PIL.Image.MAX_IMAGE_PIXELS'
     except ValueError as e: return f'cannot be used: {e}'
     except Exception: return 'cannot be read as a picture'    # each format's reader has errors of its own
-    return f'is small, {size[0]} x {size[1]}' if min(size) < parts.side else ''
 
 # %% ../../nbs/26_your_own_pictures.ipynb #b6c1f0a9
 def problems(
@@ -102,13 +115,19 @@ def problems(
     "What is wrong with a data set, a line for each fault; an empty list if nothing is."
     parts = take_apart(parts)
     examples = all_of_kind('examples', examples, Example, 'what read_captions returns')
-    found, seen = [], {}
+    found, seen, deepest = [], {}, 0
     for e in tqdm(examples, desc='checking', delay=20, leave=False):
         if fault := _fault(parts, e): found.append(f'{e.file.name} {fault}'); continue
-        with Image.open(e.file) as image: pixels = (image if image.mode[0] in 'IF' else image.convert('RGBA')).tobytes()     # which would cut 16 bits off
+        with Image.open(e.file) as image:
+            deep = image.mode.startswith('I;16')
+            if deep: deepest = max(deepest, image.getextrema()[1])
+            pixels = (image if deep else image.convert('RGBA')).tobytes()      # which would cut 16 bits off
         if (first := seen.setdefault(hashlib.sha256(pixels).digest(), e)) is not e:
             where = 'in the same group' if first.group==e.group else f'in another group, {first.group}'
             found.append(f'{e.file.name} is the same picture as {first.file.name}, {where}')
+    if 0 < deepest < 2**15:
+        found.append(f'the pictures of 16 bits end at {deepest} of 65535, and would be dark. If {deepest.bit_length()} bits were measured, '
+                     f'multiply all by {2**(16 - deepest.bit_length())}')
     return found
 
 # %% ../../nbs/26_your_own_pictures.ipynb #361363f8
@@ -218,9 +237,14 @@ def _check_training(steps: int, lr: float, batch: int, rank: int, every: int) ->
 
 
 # %% ../../nbs/26_your_own_pictures.ipynb #61b0d4ea
-def _digest(latents: Tensor, captions: Sequence[str]) -> str:
-    "Pictures and their captions as twelve hex digits."
-    return hashlib.sha256(repr([*captions]).encode() + latents.cpu().numpy().tobytes()).hexdigest()[:12]
+def _same_pictures(folder: Path, latents: Tensor, captions: Sequence[str], settings: dict) -> None:
+    "Begin a run in a folder, or go on with it. ValueError if it is of other settings, captions or pictures; how rounding went does not matter."
+    said = hashlib.sha256(repr([*captions]).encode()).hexdigest()[:12]
+    same_run(folder/'run.json', dict(captions=said, pictures=len(latents)) | settings)
+    means, record = latents.float().cpu().mean((2, 3)), folder/'pictures.pt'     # four numbers of each picture
+    if not record.exists(): return save_whole(record, dict(means=means))
+    if not torch.allclose(read_state(record)['means'], means, atol=.01):
+        raise ValueError(f'{folder} holds a run of other pictures. Give another folder, or the pictures of that run.')
 
 
 # %% ../../nbs/26_your_own_pictures.ipynb #d476a25e
@@ -243,8 +267,7 @@ def fine_tune(
     _check_training(steps, lr, batch, rank, every)
     torch.manual_seed(whole_number('seed', seed, 0))
     draw = caption_batches(parts, latents, captions, batch)
-    of = {'pictures and captions': _digest(latents, captions)} | dict(steps=steps, batch=batch, rank=rank, seed=seed)
-    if folder: same_run(file_path('folder', folder)/'run.json', of)
+    if folder: _same_pictures(file_path('folder', folder), latents, captions, dict(steps=steps, batch=batch, rank=rank, seed=seed))
     parts.text_encoder.requires_grad_(False); parts.unet.requires_grad_(True)
     with _lora(parts.unet, rank) if rank else nullcontext():
         learner, predict = Learner(parts, captions), noise_loss(parts.scheduler.alphas_cumprod)

@@ -263,6 +263,7 @@ def fit(self: Trainer,
     self.ema.to(self.device)
     self.trained, self.prepared = self.acc.prepare(self.model, self.optimizer, device_placement=[False]*2)    # it is in its place
     quiet, name = not self.acc.is_main_process, self.folder.name if self.folder else 'training'
+    if self.losses and not quiet: tqdm.write(f'{name}: going on from step {len(self.losses)}')
     with (_learning(self.model), _noted() as asked,
           tqdm(initial=len(self.losses), total=self.steps, desc=name, delay=20, mininterval=5, disable=quiet) as bar):
         while (n := len(self.losses)) < self.steps:
