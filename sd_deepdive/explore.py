@@ -83,6 +83,15 @@ def knobs(
     return ', '.join(f'{c.description} {getattr(c, "label", None) or c.value}' for c in controls if c.value!='')
 
 
+# %% ../nbs/00_explore.ipynb #a8d35c17
+def _explorer(parts: Parts, draw: Callable[..., Image.Image], **controls: widgets.Widget) -> widgets.VBox:
+    "An explorer whose texts are prompts: words that the model never learned are told."
+    prompts = [name for name, c in controls.items() if isinstance(c, widgets.Text)]
+    def told(**values):
+        warn_of_unknown(parts, [values[name] for name in prompts])
+        return draw(**values)
+    return explorer(told, **controls)
+
 # %% ../nbs/00_explore.ipynb #d8f2dc9b
 def explore_guidance(
     parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
@@ -91,10 +100,9 @@ def explore_guidance(
     "A prompt, a negative prompt, the guidance scale, the number of steps, a seed. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')    # the nearest to the end with 10 steps: lesson 08
     def draw(prompt, negative_prompt, g, steps, seed):
-        warn_of_unknown(parts, [prompt, negative_prompt])
         return make_img(make_samples(parts, prompt, negative_prompt, g=g, steps=steps, seed=seed)[0])
-    return explorer(draw, prompt=_prompt(prompt), negative_prompt=_prompt('', 'negative'),
-                    g=_knob(widgets.FloatSlider, 3, 0, 15, .5, 'guidance'), steps=_steps(), seed=_seed())
+    return _explorer(parts, draw, prompt=_prompt(prompt), negative_prompt=_prompt('', 'negative'),
+                     g=_knob(widgets.FloatSlider, 3, 0, 15, .5, 'guidance'), steps=_steps(), seed=_seed())
 
 # %% ../nbs/00_explore.ipynb #29dc3f44
 def explore_strength(
@@ -107,13 +115,12 @@ def explore_strength(
     whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
     starts = {d.caption: fit_picture(d.image, parts.side, parts.side) for d in drawings(style='noto')}
     def draw(start, prompt, strength, seed):
-        warn_of_unknown(parts, prompt)
         kept = round((1 - strength)*steps)
         if kept==steps: return image_grid([starts[start]]*2)
         made = make_samples(parts, prompt, init_img=starts[start], start_step=kept, steps=steps, seed=seed)
         return image_grid([starts[start], make_img(made[0])])
-    return explorer(draw, start=widgets.Dropdown(options=list(starts), value='red apple, noto style', description='start'),
-                    prompt=_prompt(prompt), strength=_knob(widgets.FloatSlider, .6, 0, 1, .05, 'strength'), seed=_seed())
+    return _explorer(parts, draw, start=widgets.Dropdown(options=list(starts), value='red apple, noto style', description='start'),
+                     prompt=_prompt(prompt), strength=_knob(widgets.FloatSlider, .6, 0, 1, .05, 'strength'), seed=_seed())
 
 # %% ../nbs/00_explore.ipynb #3bbb1a65
 def explore_film(
@@ -130,9 +137,9 @@ def explore_film(
                       text_enc(parts, ''), num_inference_steps=steps)
         return [torch.cat([step.x_t, step.x0]) for step in run]
     def draw(prompt, seed, step):
-        text_enc(parts, prompt); warn_of_unknown(parts, prompt)     # at each step, so that their remarks on a prompt stay
+        text_enc(parts, prompt)     # at each step, so that its remark on a prompt that is too long stays
         return image_grid(latents2pil(parts, latents(prompt, seed)[step]))    # the others need no decoding
-    return explorer(draw, prompt=_prompt(prompt), seed=_seed(), step=_knob(widgets.IntSlider, calls//2, 0, calls - 1, 1, 'step'))
+    return _explorer(parts, draw, prompt=_prompt(prompt), seed=_seed(), step=_knob(widgets.IntSlider, calls//2, 0, calls - 1, 1, 'step'))
 
 # %% ../nbs/00_explore.ipynb #d13cdd1e
 def explore_mixing(
@@ -143,13 +150,12 @@ def explore_mixing(
     "Two prompts, the share of the second in the hidden states, a seed, the number of steps. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')
     def draw(first, second, share, seed, steps):
-        warn_of_unknown(parts, [first, second])
         text = torch.lerp(text_enc(parts, first), text_enc(parts, second), share)
         latents = start_latents(parts, make_noise(parts, seed), steps)
         for step in denoise(parts, latents, text, text_enc(parts, ''), num_inference_steps=steps): pass
         return latents2pil(parts, step.latents)[0]
-    return explorer(draw, first=_prompt(first, 'first'), second=_prompt(second, 'second'),
-                    share=_knob(widgets.FloatSlider, .5, 0, 1, .05, 'share'), seed=_seed(), steps=_steps())
+    return _explorer(parts, draw, first=_prompt(first, 'first'), second=_prompt(second, 'second'),
+                     share=_knob(widgets.FloatSlider, .5, 0, 1, .05, 'share'), seed=_seed(), steps=_steps())
 
 # %% ../nbs/00_explore.ipynb #e8000e9a
 def explore_schedulers(
@@ -159,10 +165,9 @@ def explore_schedulers(
     "A scheduler, the number of steps, a prompt, a seed."
     parts = take_apart(parts)
     def draw(scheduler, steps, prompt, seed):
-        warn_of_unknown(parts, prompt)
         return make_img(make_samples(with_scheduler(parts, scheduler), prompt, steps=steps, seed=seed)[0])
-    return explorer(draw, scheduler=widgets.Dropdown(options=list(SCHEDULERS), description='scheduler'), steps=_steps(),
-                    prompt=_prompt(prompt), seed=_seed())
+    return _explorer(parts, draw, scheduler=widgets.Dropdown(options=list(SCHEDULERS), description='scheduler'), steps=_steps(),
+                     prompt=_prompt(prompt), seed=_seed())
 
 # %% ../nbs/00_explore.ipynb #0a59e244
 def _watched(parts: Parts, prompt: str, seed: int, steps: int) -> tuple[list, list]:
@@ -187,7 +192,7 @@ def explore_attention(
     labels = lambda prompt: [f'{i} {name}' for i, name in enumerate(token_names(parts, prompt))]
     watched = lru_cache(4)(lambda prompt, seed: _watched(parts, prompt, seed, steps))
     def draw(prompt, token, step, seed):
-        text_enc(parts, prompt); warn_of_unknown(parts, prompt)     # as in `explore_film`
+        text_enc(parts, prompt)     # as in `explore_film`
         (x0, looks), i, words = watched(prompt, seed), labels(prompt).index(token), len(labels(prompt)) - 2
         maps = token_maps([look for look in looks if look.call==step])
         picture, = latents2pil(parts, x0[step])
@@ -195,5 +200,5 @@ def explore_attention(
     wish, token = _prompt(prompt), widgets.Dropdown(options=labels(prompt), description='token')
     token.index = len(token.options) - 2
     wish.observe(lambda change: setattr(token, 'options', labels(change['new'])), names='value')
-    return explorer(draw, prompt=wish, token=token, step=_knob(widgets.IntSlider, steps//2, 0, steps - 1, 1, 'step'),
-                    seed=_seed())
+    return _explorer(parts, draw, prompt=wish, token=token, step=_knob(widgets.IntSlider, steps//2, 0, steps - 1, 1, 'step'),
+                     seed=_seed())

@@ -284,7 +284,7 @@ def draw_file(
     "Draw a picture for each line of a file, on this process or on several. Start it again to go on."
     wishes, acc = read_wishes(prompts, seed), accelerator()
     parts = load_parts(model, acc.device)
-    if acc.is_main_process: warn_of_unknown(parts, [wish.prompt for wish in wishes[:1000]])
+    if acc.is_main_process: warn_of_unknown(parts, [wish.prompt for wish in wishes[:1000]])     # not hours for millions
     drawn = draw_many(parts, wishes, folder, g, steps, height, width, batch_size, model, acc)
     me = f'process {acc.process_index + 1} of {acc.num_processes}'
     print(f'{me}: {len(drawn)} drawn, the rest of its share was there')

@@ -243,7 +243,8 @@ def _same_pictures(folder: Path, latents: Tensor, captions: Sequence[str], setti
     same_run(folder/'run.json', dict(captions=said, pictures=len(latents)) | settings)
     means, record = latents.float().cpu().mean((2, 3)), folder/'pictures.pt'     # four numbers of each picture
     if not record.exists(): return save_whole(record, dict(means=means))
-    if not torch.allclose(read_state(record)['means'], means, atol=.01):
+    kept = read_state(record).get('means')
+    if not isinstance(kept, Tensor) or kept.shape!=means.shape or not torch.allclose(kept, means, atol=.01):
         raise ValueError(f'{folder} holds a run of other pictures. Give another folder, or the pictures of that run.')
 
 
