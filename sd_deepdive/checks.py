@@ -7,7 +7,7 @@ Docs: https://sd-deepdive.github.io/sd_deepdive/checks.html.md"""
 # %% auto #0
 __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'text', 'texts', 'tensor', 'of_kind', 'all_of_kind', 'finite',
            'same_shape', 'ids_with_rows', 'noise_levels', 'past_noise', 'pair_up', 'pair_wishes', 'enough_memory',
-           'file_path', 'whole_file', 'in_one_line']
+           'file_path', 'whole_file', 'visible', 'in_one_line']
 
 # %% ../nbs/00_checks.ipynb #3f528517
 import os
@@ -298,7 +298,7 @@ def whole_file(
     for a path without a name."""
     path = file_path('path', path)
     if not path.name: raise ValueError(f'path={str(path)!r} has no name. Give the name of a file.')
-    part = path.with_name(f'{path.name}.part')
+    part = path.with_name(f'.{path.name}.part')     # hidden: a name that nobody gives to a file of their own
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.unlink(missing_ok=True); part.touch()
@@ -312,6 +312,15 @@ def whole_file(
         raise OSError(f'{path} cannot be written ({why}). Make room there, or give another place.') from None
     finally:
         with suppress(OSError): part.unlink()
+
+# %% ../nbs/00_checks.ipynb #5d1c7a90
+def visible(
+    folder: Path,         # to look into
+    pattern: str = '*',   # '**/*' for the folders in it too
+) -> list[Path]:
+    "What lies in a folder, in order, but for what is hidden: .DS_Store, the ._NAME that a Mac adds to each file, .cache."
+    return sorted(file for file in folder.glob(pattern) if not any(part[0]=='.' for part in file.relative_to(folder).parts))
+
 
 # %% ../nbs/00_checks.ipynb #9cbb6b03
 def in_one_line(

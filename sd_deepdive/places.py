@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from safetensors import SafetensorError, safe_open
-from .checks import file_path, whole_number
+from .checks import file_path, visible, whole_number
 
 # %% ../nbs/00_places.ipynb #c6f68b04
 def best_device() -> torch.device:
@@ -78,7 +78,7 @@ def _damaged(file: Path, folder: Path, why: object) -> ValueError:
 
 def _check_files(folder: Path):
     "ValueError for a .json file, wherever it lies in the folder, that cannot be read."
-    for file in sorted(folder.rglob('*.json')):
+    for file in visible(folder, '**/*.json'):
         try: said = json.loads(file.read_text(encoding='utf-8'))
         except (ValueError, OSError, RecursionError) as e: raise _damaged(file, folder, e) from None
         if file.name.endswith(('config.json', 'vocab.json')) and not isinstance(said, dict):
@@ -87,7 +87,7 @@ def _check_files(folder: Path):
 # %% ../nbs/00_places.ipynb #3d70f9b8
 def _check_heads(folder: Path):
     "ValueError for a .safetensors file that cannot be read, or with weights that are no fractions: libraries would convert them, and draw another picture."
-    for file in sorted(folder.rglob('*.safetensors')):
+    for file in visible(folder, '**/*.safetensors'):
         try:
             with safe_open(file, 'pt') as saved: kinds = {key: saved.get_slice(key).get_dtype() for key in saved.keys()}
         except (SafetensorError, OSError) as e: raise _damaged(file, folder, e) from None
@@ -123,7 +123,7 @@ def _check_parts(folder: Path, parts: Sequence[str]):
     if missing := [part for part in parts if not (folder/part).is_dir()]:
         raise ValueError(f'{folder} lacks {", ".join(missing)}. Copy the folder again.')
     for part in [part for part in WEIGHTED if part in parts]:
-        files = [file.suffix for file in (folder/part).iterdir()]
+        files = [file.suffix for file in visible(folder/part)]
         if '.safetensors' not in files:
             remedy = NO_PICKLES if set(PICKLE_SUFFIXES) & set(files) else 'Copy the folder again.'
             raise ValueError(f'{folder} has no weights of {part} as .safetensors. {remedy}')

@@ -8,6 +8,7 @@ import math
 import pickle
 import random
 import re
+import shutil
 import signal
 import struct
 import traceback
@@ -39,7 +40,7 @@ from sd_deepdive.images import fit_picture, load_picture
 from sd_deepdive.img2img import fetch_picture, image_to_image
 from sd_deepdive.models import load_pipeline, text_to_image
 from sd_deepdive.parts import take_apart
-from sd_deepdive.places import embedded_folder
+from sd_deepdive.places import PARTS, embedded_folder
 from sd_deepdive.sampling import Step, denoise, make_samples
 from sd_deepdive.schedulers import with_scheduler
 from sd_deepdive.scratch.autoencoder import Attention, Autoencoder
@@ -440,6 +441,8 @@ def test_a_model_that_cannot_be_replaced(tmp_path, parts, monkeypatch):
     (tmp_path/'own').mkdir(); (tmp_path/'own.old').mkdir()
     save_model(parts, folder := tmp_path/'own')
     (folder/'notes.txt').write_text('mine')
+    plain(lambda: save_model(parts, folder), 'something else')     # it would be gone with the model
+    (folder/'notes.txt').rename(folder/'.DS_Store')
     move, failed = Path.replace, []
     def fails(self, to):
         if Path(to) != folder or failed: return move(self, to)
@@ -447,9 +450,17 @@ def test_a_model_that_cannot_be_replaced(tmp_path, parts, monkeypatch):
         raise OSError(28, 'no space')
     monkeypatch.setattr(Path, 'replace', fails)
     plain(lambda: save_model(parts, folder), 'no space', kind=OSError)
-    assert failed and (folder/'notes.txt').exists() and sorted(f.name for f in tmp_path.iterdir()) == ['own', 'own.old']
+    assert failed and (folder/'.DS_Store').read_text() == 'mine' and sorted(f.name for f in tmp_path.iterdir()) == ['own', 'own.old']
     save_model(parts, folder)
-    assert not (folder/'notes.txt').exists() and (folder/'model_index.json').exists()
+    assert sorted(f.name for f in folder.iterdir()) == ['model_index.json', *sorted(PARTS)]
+
+
+def test_hidden_files(tmp_path):
+    "What a Mac leaves beside files is no part of a model."
+    folder = shutil.copytree(embedded_folder(), tmp_path/'model')
+    for file in [*folder.rglob('*.json'), *folder.rglob('*.safetensors')]: file.with_name(f'._{file.name}').write_bytes(b'\0\5\26\7')
+    (folder/'.DS_Store').write_bytes(b'')
+    for load in (load_pipeline, load_by_hand): load(folder)
 
 
 def test_ctrl_c_while_saving(tmp_path, monkeypatch):

@@ -80,7 +80,7 @@ def test_killed(run, tmp_path):
     for file in there: assert is_drawn(file, Image.open(file).text)
     broken = sorted(there)[1]
     broken.write_bytes(broken.read_bytes()[:3000])
-    (folder/'000'/f'{len(there):06d}.png.part').write_bytes(b'half')       # as a kill in the middle of a file leaves it
+    (folder/'000'/f'.{len(there):06d}.png.part').write_bytes(b'half')       # as a kill in the middle of a file leaves it
     again = start([sys.executable, *COMMAND, '2'], run, folder)
     said = again.communicate()[0]
     assert again.returncode == 0 and f'{N - len(there) + 1} drawn' in said, said[-3000:]
@@ -140,6 +140,9 @@ def test_other_runs(run, parts, tmp_path):
     (folder/'run.json').write_bytes(before[folder/'run.json'])
     assert {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()} == before
     assert draw_many(parts, wishes, folder, **good) == []
+    (tmp_path/'new').mkdir()
+    (tmp_path/'new'/'.DS_Store').write_text('')      # as a Mac leaves it in a folder that was looked at
+    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'new', steps=1)) == 1
     longer = draw_many(parts, [*wishes, Wish('crown', 3)], folder, **good)
     assert [f.name for f in longer] == ['000009.png']
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm.auto import tqdm
-from ..checks import all_of_kind, file_path, in_one_line, of_kind, real_number, side, texts, whole_file, whole_number
+from ..checks import all_of_kind, file_path, in_one_line, of_kind, real_number, side, texts, visible, whole_file, whole_number
 from ..images import check_area, load_picture
 from ..latents import make_img
 from ..parts import Parts, take_apart
@@ -199,7 +199,7 @@ def _claim(folder: Path, settings: dict) -> None:
     record = folder/'run.json'
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not record.exists() and any(file.name!='run.json.part' for file in folder.iterdir()):
+        if not record.exists() and visible(folder):
             raise ValueError(f'{folder} holds files and no run.json. Give an empty folder, or a new one.')
         same_run(record, settings)
     except OSError as e:

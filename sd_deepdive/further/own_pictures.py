@@ -21,7 +21,7 @@ from pathlib import Path
 from PIL import Image
 from safetensors import SafetensorError
 from tempfile import TemporaryDirectory
-from ..checks import all_of_kind, file_path, in_one_line, real_number, tensor, text as one_text, whole_number
+from ..checks import all_of_kind, file_path, in_one_line, real_number, tensor, text as one_text, visible, whole_number
 from ..images import fit_picture, on_colour
 from ..latents import pil2latent
 from ..models import StableDiffusionPipeline, quiet
@@ -306,8 +306,9 @@ def copies(
 
 # %% ../../nbs/26_your_own_pictures.ipynb #21a04131
 def _model_place(folder: Path) -> Path:
-    "The folder. ValueError if something else than a model is there."
-    if folder.is_file() or folder.is_dir() and any(folder.iterdir()) and not (folder/'model_index.json').is_file():
+    "The folder. ValueError if something else than a model is there, or more: a model that is replaced takes all with it."
+    there = {file.name for file in folder.iterdir()} - {'.DS_Store'} if folder.is_dir() else set()
+    if folder.is_file() or there and not {'model_index.json'} <= there <= {'model_index.json', *PARTS}:
         raise ValueError(f'folder={str(folder)!r} holds something else than a model. Give a new one.')
     return folder
 
@@ -348,7 +349,7 @@ def _sides(parts: Parts, folder: Path, captions: Path | None, group: str, share:
 # %% ../../nbs/26_your_own_pictures.ipynb #b0b62840
 def _run_place(out: Path) -> None:
     "ValueError if something else than a run is there."
-    if out.is_dir() and any(out.iterdir()) and not (out/'run.json').is_file():
+    if out.is_dir() and visible(out) and not (out/'run.json').is_file():
         raise ValueError(f'out={str(out)!r} holds files and no run.json. Give an empty folder, or a new one.')
     _model_place(out/'model')
 

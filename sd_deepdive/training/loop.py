@@ -208,7 +208,7 @@ def stop(
         if self.acc.is_main_process: save_whole(where, dict(step=step, batch=batch))
         if (self.folder/'checkpoint.pt').exists(): from_ = 'from the last checkpoint'
     raise FloatingPointError(f'The loss is {loss} at step {step}, the length of its gradient {length}. The batch: {where}. '
-                             f'Load the network again, for its weights may be ruined, and lower lr: it starts again {from_}.')
+                             f'The weights in memory may be ruined: load the network again (a command does), and lower lr. It starts again {from_}.')
 
 # %% ../../nbs/00_training_loop.ipynb #53e09791
 @patch
