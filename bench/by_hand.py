@@ -30,7 +30,7 @@ def draw_library(pipe, batch):
 
 def draw(parts, batch):
     "Prompt to pictures by hand."
-    return [make_img(p) for p in make_samples(parts, [PROMPT]*batch, g=G, seed=range(batch), steps=STEPS, batch_size=batch)]
+    return [make_img(p) for p in make_samples(parts, [PROMPT]*batch, guidance_scale=G, seeds=range(batch), num_inference_steps=STEPS, batch_size=batch)]
 
 
 class TextEveryTime:

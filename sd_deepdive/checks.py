@@ -254,14 +254,12 @@ def pair_wishes(
     prompt: object,            # one or several
     seeds: object,             # likewise
     negative_prompt: object,   # likewise, or None
-    names: tuple[str, str, str] = ('prompt', 'seeds', 'negative_prompt'),  # of the caller's arguments
     **more: list,              # what else pairs up with them
 ) -> list[list]:
     "Prompts, seeds, negative prompts and more, all as long as the longest. TypeError or ValueError for what is none."
-    of_prompt, of_seeds, of_negative = names
     negative_prompt = '' if negative_prompt is None else negative_prompt
-    return pair_up(prompts=texts(of_prompt, prompt), seeds=whole_numbers(of_seeds, seeds, 0, 2**64 - 1),
-                   negative_prompts=texts(of_negative, negative_prompt), **more)
+    return pair_up(prompts=texts('prompt', prompt), seeds=whole_numbers('seeds', seeds, 0, 2**64 - 1),
+                   negative_prompts=texts('negative_prompt', negative_prompt), **more)
 
 # %% ../nbs/00_checks.ipynb #878f454b
 @contextmanager

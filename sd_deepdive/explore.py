@@ -100,7 +100,7 @@ def explore_guidance(
     "A prompt, a negative prompt, the guidance scale, the number of steps, a seed. DPM-Solver++ steps."
     parts = with_scheduler(parts, 'DPM-Solver++')    # the nearest to the end with 10 steps: lesson 08
     def draw(prompt, negative_prompt, g, steps, seed):
-        return make_img(make_samples(parts, prompt, negative_prompt, g=g, steps=steps, seed=seed)[0])
+        return make_img(make_samples(parts, prompt, negative_prompt, guidance_scale=g, num_inference_steps=steps, seeds=seed)[0])
     return _explorer(parts, draw, prompt=_prompt(prompt), negative_prompt=_prompt('', 'negative'),
                      g=_knob(widgets.FloatSlider, 3, 0, 15, .5, 'guidance'), steps=_steps(), seed=_seed())
 
@@ -108,16 +108,16 @@ def explore_guidance(
 def explore_strength(
     parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
     prompt: str = 'strawberry, 3d style',  # to begin with
-    steps: int = 20,   # of a whole run
+    num_inference_steps: int = 20,   # of a whole run
 ) -> widgets.VBox:
     "A drawing to start from (shown on the left), a prompt, the strength, a seed. DDIM steps."
     parts = with_scheduler(parts, 'DDIM')
-    whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
+    whole_number('num_inference_steps', num_inference_steps, 1, len(parts.scheduler.alphas_cumprod))
     starts = {d.caption: fit_picture(d.image, parts.side, parts.side) for d in drawings(style='noto')}
     def draw(start, prompt, strength, seed):
-        kept = round((1 - strength)*steps)
-        if kept==steps: return image_grid([starts[start]]*2)
-        made = make_samples(parts, prompt, init_img=starts[start], start_step=kept, steps=steps, seed=seed)
+        kept = round((1 - strength)*num_inference_steps)
+        if kept==num_inference_steps: return image_grid([starts[start]]*2)
+        made = make_samples(parts, prompt, init_image=starts[start], start_step=kept, num_inference_steps=num_inference_steps, seeds=seed)
         return image_grid([starts[start], make_img(made[0])])
     return _explorer(parts, draw, start=widgets.Dropdown(options=list(starts), value='red apple, noto style', description='start'),
                      prompt=_prompt(prompt), strength=_knob(widgets.FloatSlider, .6, 0, 1, .05, 'strength'), seed=_seed())
@@ -126,15 +126,15 @@ def explore_strength(
 def explore_film(
     parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
     prompt: str = 'octopus, 3d style',   # to begin with
-    steps: int = 20,                     # of a whole run
+    num_inference_steps: int = 20,       # of a whole run
 ) -> widgets.VBox:
     "A prompt, a seed, and a step to look at: the noisy latents on the left, the picture they are taken for on the right."
     parts = take_apart(parts)
-    calls = len(begin(parts.scheduler, steps, name='steps')[1])
+    calls = len(begin(parts.scheduler, num_inference_steps)[1])
     @lru_cache(8)
     def latents(prompt, seed):
-        run = denoise(parts, start_latents(parts, make_noise(parts, seed), steps), text_enc(parts, prompt),
-                      text_enc(parts, ''), num_inference_steps=steps)
+        run = denoise(parts, start_latents(parts, make_noise(parts, seed), num_inference_steps), text_enc(parts, prompt),
+                      text_enc(parts, ''), num_inference_steps=num_inference_steps)
         return [torch.cat([step.x_t, step.x0]) for step in run]
     def draw(prompt, seed, step):
         text_enc(parts, prompt)     # at each step, so that its remark on a prompt that is too long stays
@@ -165,7 +165,7 @@ def explore_schedulers(
     "A scheduler, the number of steps, a prompt, a seed."
     parts = take_apart(parts)
     def draw(scheduler, steps, prompt, seed):
-        return make_img(make_samples(with_scheduler(parts, scheduler), prompt, steps=steps, seed=seed)[0])
+        return make_img(make_samples(with_scheduler(parts, scheduler), prompt, num_inference_steps=steps, seeds=seed)[0])
     return _explorer(parts, draw, scheduler=widgets.Dropdown(options=list(SCHEDULERS), description='scheduler'), steps=_steps(),
                      prompt=_prompt(prompt), seed=_seed())
 
@@ -183,14 +183,14 @@ def _watched(parts: Parts, prompt: str, seed: int, steps: int) -> tuple[list, li
 def explore_attention(
     parts: Parts | StableDiffusionPipeline,  # of a model; a pipeline will do too
     prompt: str = 'octopus, 3d style, on a yellow background',  # to begin with
-    steps: int = 20,   # of a whole run
+    num_inference_steps: int = 20,   # of a whole run
 ) -> widgets.VBox:
     """A prompt, one of its tokens, a step, a seed: on the left what the UNet has in mind, on the right where the
     token is looked at, in the finest layers; words are compared among themselves. DDIM steps."""
     parts = unet_by_hand(with_scheduler(parts, 'DDIM'))
-    whole_number('steps', steps, 1, len(parts.scheduler.alphas_cumprod))
+    whole_number('num_inference_steps', num_inference_steps, 1, len(parts.scheduler.alphas_cumprod))
     labels = lambda prompt: [f'{i} {name}' for i, name in enumerate(token_names(parts, prompt))]
-    watched = lru_cache(4)(lambda prompt, seed: _watched(parts, prompt, seed, steps))
+    watched = lru_cache(4)(lambda prompt, seed: _watched(parts, prompt, seed, num_inference_steps))
     def draw(prompt, token, step, seed):
         text_enc(parts, prompt)     # as in `explore_film`
         (x0, looks), i, words = watched(prompt, seed), labels(prompt).index(token), len(labels(prompt)) - 2
@@ -200,5 +200,5 @@ def explore_attention(
     wish, token = _prompt(prompt), widgets.Dropdown(options=labels(prompt), description='token')
     token.index = len(token.options) - 2
     wish.observe(lambda change: setattr(token, 'options', labels(change['new'])), names='value')
-    return _explorer(parts, draw, prompt=wish, token=token, step=_knob(widgets.IntSlider, steps//2, 0, steps - 1, 1, 'step'),
+    return _explorer(parts, draw, prompt=wish, token=token, step=_knob(widgets.IntSlider, num_inference_steps//2, 0, num_inference_steps - 1, 1, 'step'),
                      seed=_seed())

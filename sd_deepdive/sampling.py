@@ -144,12 +144,11 @@ class Step:
 def scales_at(
     guidance_scale: float | Callable[[float], float],  # g, or a function of the time
     timesteps: Tensor,                                 # of a run
-    name: str = 'guidance_scale',                      # what the caller calls it
 ) -> list[float]:
     "The guidance scale at each time of a run. TypeError or ValueError for one that is no number."
     scale = guidance_scale if callable(guidance_scale) else lambda t: guidance_scale
     tensor('timesteps', timesteps)
-    return [real_number(name, scale(t)) for t in timesteps.tolist()]
+    return [real_number('guidance_scale', scale(t)) for t in timesteps.tolist()]
 
 # %% ../nbs/10_loop.ipynb #207abb75
 @torch.no_grad()
@@ -180,65 +179,67 @@ def denoise(
         latents = tensor('step.latents', step.latents, ' '.join(map(str, latents.shape)), like=latents)
 
 # %% ../nbs/10_loop.ipynb #e27b5a90
-def _starts(init_img, factor: int) -> list:
+def _starts(init_image, factor: int) -> list:
     "The pictures to start from, [None] for none. TypeError for anything but a picture, ValueError for sizes that do not fit."
-    images = list(init_img) if isinstance(init_img, list | tuple) else [init_img]
-    if not images: raise ValueError('init_img is empty: give at least one picture, or leave it out.')
+    images = list(init_image) if isinstance(init_image, list | tuple) else [init_image]
+    if not images: raise ValueError('init_image is empty: give at least one picture, or leave it out.')
     for im in images:
-        if init_img is not None and not isinstance(im, Image.Image):
-            raise TypeError(f'init_img holds a {type(im).__name__}. Open a file with PIL.Image.open.')
-    if init_img is not None and len(sizes := {im.size for im in images})>1:
-        raise ValueError(f'init_img has {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
-    if init_img is not None and any(n%factor or not n for n in images[0].size):
+        if init_image is not None and not isinstance(im, Image.Image):
+            raise TypeError(f'init_image holds a {type(im).__name__}. Open a file with PIL.Image.open.')
+    if init_image is not None and len(sizes := {im.size for im in images})>1:
+        raise ValueError(f'init_image has {len(sizes)} sizes, {sorted(sizes)}: use fit_picture for all.')
+    if init_image is not None and any(n%factor or not n for n in images[0].size):
         width, height = (max(factor, round(n/factor)*factor) for n in images[0].size)
-        raise ValueError(f'init_img is {images[0].width} x {images[0].height}; its sides have to be multiples of {factor}. '
-                         f'Use fit_picture(init_img, {width}, {height}).')
-    return images if init_img is None else [on_colour(im, name='init_img') for im in images]
+        raise ValueError(f'init_image is {images[0].width} x {images[0].height}; its sides have to be multiples of {factor}. '
+                         f'Use fit_picture(init_image, {width}, {height}).')
+    return images if init_image is None else [on_colour(im, name='init_image') for im in images]
 
 # %% ../nbs/10_loop.ipynb #bd83e9c9
-def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, g, steps) -> Iterator[Step]:
+def _batch(parts, prompts, seeds, negative_prompts, images, size, start_step, guidance_scale, num_inference_steps) -> Iterator[Step]:
     "The steps of one batch. `images` are the pictures to start from, or Nones; then `size` is height and width."
     text, uncond = text_enc(parts, prompts), text_enc(parts, negative_prompts, kind='negative prompt')
     init = None if images[0] is None else pil2latent(parts, images)
     height, width = size if init is None else images[0].size[::-1]
-    latents = start_latents(parts, make_noise(parts, seeds, height, width), steps, init, start_step)
-    yield from denoise(parts, latents, text, uncond, g, steps, start_step)
+    latents = start_latents(parts, make_noise(parts, seeds, height, width), num_inference_steps, init, start_step)
+    yield from denoise(parts, latents, text, uncond, guidance_scale, num_inference_steps, start_step)
 
 # %% ../nbs/10_loop.ipynb #a10c0de1
-def _check_request(scheduler, init_img, start_step: int, g, steps: int, size: tuple, batch_size: int) -> int:
+def _check_request(scheduler, init_image, start_step: int, guidance_scale, num_inference_steps: int, size: tuple, batch_size: int) -> int:
     "How many calls of the UNet a batch takes. A clear error for numbers that cannot be, or that need a picture to start from or forbid one."
     whole_number('batch_size', batch_size, 1)
-    scales = scales_at(g, begin(scheduler, steps, start_step, name='steps')[1], 'g')
-    if init_img is None and start_step:
-        raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init_img.')
-    if init_img is not None and size!=(None, None):
-        raise ValueError('height and width are those of init_img: leave them out.')
+    scales = scales_at(guidance_scale, begin(scheduler, num_inference_steps, start_step)[1])
+    if init_image is None and start_step:
+        raise ValueError(f'start_step={start_step} leaves steps out: that needs a picture. Give init_image.')
+    if init_image is not None and size!=(None, None):
+        raise ValueError('height and width are those of init_image: leave them out.')
     return len(scales)
+
 
 # %% ../nbs/10_loop.ipynb #c97b6a5c
 @torch.no_grad()
 def make_samples(
-    parts: Parts,                    # of a model; a pipeline will do too
-    prompts: str | Sequence[str],    # one, or one for each picture
+    parts: Parts,                     # of a model; a pipeline will do too
+    prompt: str | Sequence[str],      # one, or one for each picture
     negative_prompt: str | Sequence[str] = '',  # likewise
-    init_img: Image.Image | Sequence[Image.Image] | None = None,  # start from pictures instead of pure noise
-    start_step: int = 0,             # how many steps to leave out; more keep more of `init_img`
-    g: float | Callable[[float], float] = 3.,  # guidance scale, or a function of the time
-    seed: int | Sequence[int] = 0,   # one, or one for each picture
-    steps: int = 25,                 # if none is left out
-    height: int | None = None,       # pixels; default: of `init_img`, or what the model was trained for
-    width: int | None = None,        # likewise
-    batch_size: int = 8,             # pictures computed at a time
+    init_image: Image.Image | Sequence[Image.Image] | None = None,  # start from pictures instead of pure noise
+    start_step: int = 0,              # how many steps to leave out; more keep more of `init_image`
+    guidance_scale: float | Callable[[float], float] = 3.,  # g, or a function of the time
+    seeds: int | Sequence[int] = 0,   # one, or one for each picture
+    num_inference_steps: int = 25,    # if none is left out
+    height: int | None = None,        # pixels; default: of `init_image`, or what the model was trained for
+    width: int | None = None,         # likewise
+    batch_size: int = 8,              # pictures computed at a time
 ) -> Tensor:
     """Pixels (B, 3, H, W) for `make_img`: a picture for each prompt and seed.
     TypeError, ValueError or MemoryError, in words, for what does not fit."""
-    parts, size = take_apart(parts), (height, width)
-    calls = _check_request(parts.scheduler, init_img, start_step, g, steps, size, batch_size)
-    wishes = zip(*pair_wishes(prompts, seed, negative_prompt, ('prompts', 'seed', 'negative_prompt'), init_img=_starts(init_img, parts.factor)))
+    parts, size, how = take_apart(parts), (height, width), (start_step, guidance_scale, num_inference_steps)
+    calls = _check_request(parts.scheduler, init_image, *how, size, batch_size)
+    wishes = zip(*pair_wishes(prompt, seeds, negative_prompt, init_images=_starts(init_image, parts.factor)))
     pixels, batches = [], list(chunked(wishes, batch_size))
     with (tqdm(total=len(batches)*calls, delay=20, leave=False) as bar,
           enough_memory(f'batch_size, now {batch_size}, or the size of the pictures')):
         for batch in batches:
-            for step in _batch(parts, *zip(*batch), size, start_step, g, steps): bar.update()
+            for step in _batch(parts, *zip(*batch), size, *how): bar.update()
             pixels.append(decode(parts, step.latents))
     return torch.cat(pixels)
+

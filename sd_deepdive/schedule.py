@@ -96,15 +96,14 @@ def set_timesteps(
     scheduler: object,          # the library's, or one written by hand
     num_inference_steps: int,   # in each the UNet is asked, by PNDM once more
     device: torch.device | str = 'cpu',  # where the times go
-    name: str = 'num_inference_steps',   # what the caller calls that number
 ) -> torch.Tensor:
     "Let a scheduler choose its times. TypeError or ValueError for a number of steps that it cannot walk."
     most = _config(scheduler).num_train_timesteps
-    steps = whole_number(name, num_inference_steps, 1, most, min(25, most))
+    steps = whole_number('num_inference_steps', num_inference_steps, 1, most, min(25, most))
     scheduler.set_timesteps(steps, device=find_device(device))
     first = scheduler.timesteps.max().item()
     if first>=most or first<most/4 or steps>10 and first<.75*most:
-        raise ValueError(f'{name}={steps} would begin at time {first:.0f} of {most - 1}. '
+        raise ValueError(f'num_inference_steps={steps} would begin at time {first:.0f} of {most - 1}. '
                          f'Give {max(2, most//(most//steps + 1))}.')
     return scheduler.timesteps
 
@@ -114,18 +113,17 @@ def begin(
     num_inference_steps: int,   # of a run that leaves none out
     start_step: int = 0,        # how many steps to leave out, for a start from a picture
     device: torch.device | str = 'cpu',  # where the times go
-    name: str = 'num_inference_steps',   # what the caller calls that number
 ) -> tuple:
     "A fresh scheduler, and its timesteps from a step on. TypeError or ValueError for steps that cannot be taken."
     if not hasattr(type(scheduler), 'from_config'):
         raise TypeError(f'scheduler is of type {type(scheduler).__name__}. Give parts.scheduler, say.')
     most = scheduler.config.num_train_timesteps
-    whole_number(name, num_inference_steps, 1, most, min(25, most))
+    whole_number('num_inference_steps', num_inference_steps, 1, most, min(25, most))
     whole_number('start_step', start_step, 0, num_inference_steps - 1)
     if type(scheduler).__module__.startswith('diffusers.'): from sd_deepdive.schedulers import fresh
     else: fresh = lambda scheduler: type(scheduler).from_config(scheduler.config)
     scheduler = fresh(scheduler)
-    timesteps = set_timesteps(scheduler, num_inference_steps, device, name)
+    timesteps = set_timesteps(scheduler, num_inference_steps, device)
     if hasattr(scheduler, 'timesteps_from'): return scheduler, scheduler.timesteps_from(start_step)
     if hasattr(scheduler, 'set_begin_index'): scheduler.set_begin_index(start_step*scheduler.order)
     return scheduler, timesteps[start_step*scheduler.order:]

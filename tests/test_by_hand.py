@@ -27,7 +27,7 @@ socket.socket.connect = socket.getaddrinfo = no_network
 from sd_deepdive.scratch.parts import load_parts
 from sd_deepdive.sampling import make_samples
 from sd_deepdive.latents import make_img
-make_img(make_samples(load_parts(device='cpu'), 'octopus, 3d style', seed=3, steps=5)[0]).save(sys.argv[1])
+make_img(make_samples(load_parts(device='cpu'), 'octopus, 3d style', seeds=3, num_inference_steps=5)[0]).save(sys.argv[1])
 print(*{'diffusers', 'transformers'} & set(sys.modules))
 '''
     assert python(code, tmp_path/'drawn.png') == ''
@@ -42,7 +42,7 @@ print(*{'diffusers', 'transformers'} & set(sys.modules))
 def largest(a, b, **call):
     "The largest difference of the pixels that two models draw."
     from sd_deepdive.sampling import make_samples
-    call = dict(prompts=['octopus, 3d style', 'a café'], seed=[3, 4], steps=5) | call
+    call = dict(prompt=['octopus, 3d style', 'a café'], seeds=[3, 4], num_inference_steps=5) | call
     return (make_samples(a, **call) - make_samples(b, **call)).abs().max().item()
 
 
@@ -52,7 +52,7 @@ def test_another_model_equals_the_library(other):
     ours, library = by_hand.load_parts(other, 'cpu'), load_parts(other, 'cpu')
     assert ours.scaling_factor == .3 and ours.side == library.side == 64
     assert largest(ours, library) < 1e-4
-    assert largest(ours, library, negative_prompt='red', g=5., width=96) < 1e-4
+    assert largest(ours, library, negative_prompt='red', guidance_scale=5., width=96) < 1e-4
     ours.unet.conv_out.bias[0] += .5
     assert largest(ours, library) > 1e-3
 

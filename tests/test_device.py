@@ -135,8 +135,8 @@ def test_schedulers(parts, name):
     "The loop, from noise and from a picture, with each of the library's schedulers."
     parts = with_scheduler(parts, name)
     picture = fit_picture(drawings('octopus')[0].image, parts.side, parts.side)
-    for start in (dict(), dict(init_img=picture, start_step=2)):
-        assert make_samples(parts, 'a bell', negative_prompt='red', steps=4, **start).device.type == OTHER
+    for start in (dict(), dict(init_image=picture, start_step=2)):
+        assert make_samples(parts, 'a bell', negative_prompt='red', num_inference_steps=4, **start).device.type == OTHER
     assert latents2pil(parts, pil2latent(parts, picture))[0].size == picture.size
 
 
@@ -145,7 +145,7 @@ def test_by_hand(parts, name):
     "The networks by hand, with each sampler by hand."
     ours = load_by_hand()
     assert ours.device.type == OTHER
-    assert make_samples(with_sampler(ours, name), 'a bell', steps=3).device.type == OTHER
+    assert make_samples(with_sampler(ours, name), 'a bell', num_inference_steps=3).device.type == OTHER
 
 
 def test_steering(parts):
@@ -175,7 +175,7 @@ def test_training():
 def test_judged(parts):
     "Quality, scores and round trips take pictures from wherever they are."
     some = drawings('octopus')[:2]
-    assert [row[0] for row in quality(parts, load_judge(), some, some, steps=2)] == ['drawn', 'ceiling', 'floor']
+    assert [row[0] for row in quality(parts, load_judge(), some, some, num_inference_steps=2)] == ['drawn', 'ceiling', 'floor']
     scores = [clip_scores(load_clip(parts.text_encoder), parts.tokenizer, on_white(some).to(place), ['a', 'b']) for place in ('cpu', OTHER)]
     assert torch.equal(*scores) and round_trips(parts.vae, on_white(some)).device.type == 'cpu'
 
@@ -183,4 +183,4 @@ def test_judged(parts):
 def test_many(tmp_path):
     "A pipeline's pictures go to files."
     pipe = untrained().to(OTHER)
-    assert len(draw_many(pipe, number_wishes('sun'), tmp_path/'x', steps=2)) == 1 and fingerprint(take_apart(pipe))
+    assert len(draw_many(pipe, number_wishes('sun'), tmp_path/'x', num_inference_steps=2)) == 1 and fingerprint(take_apart(pipe))

@@ -192,7 +192,7 @@ def test_weights_of_another_part(tmp_path, pipe, part, key):
 @pytest.mark.parametrize('side', [2**23, 2**34, 2**43])
 def test_too_large(parts, side):
     "A picture for which no memory is enough, or whose bytes cannot be counted."
-    plain(lambda: make_samples(parts, 'a bell', height=side, width=side, steps=2), 'Lower batch_size', kind=MemoryError)
+    plain(lambda: make_samples(parts, 'a bell', height=side, width=side, num_inference_steps=2), 'Lower batch_size', kind=MemoryError)
 
 
 @pytest.mark.filterwarnings('error')
@@ -212,19 +212,19 @@ def test_hook_of_another_kind(parts, value, kind):
     plain(hook, 'step.latents', 'Give', kind=kind)
 
 
-WISHES = [(dict(steps=1001), 'steps=1001'), (dict(steps=600), 'steps=600 would'), (dict(g=lambda t: math.inf), 'g=inf'), (dict(seed=-1), 'seed=-1'), (dict(prompts=3), 'prompts=3'),
-          (dict(init_img=Image.new('RGB', (20, 15))), 'init_img is 20 x 15')]
+WISHES = [(dict(num_inference_steps=1001), 'num_inference_steps=1001'), (dict(num_inference_steps=600), 'num_inference_steps=600 would'), (dict(guidance_scale=lambda t: math.inf), 'guidance_scale=inf'), (dict(seeds=-1), 'seeds=-1'), (dict(prompt=3), 'prompt=3'),
+          (dict(init_image=Image.new('RGB', (20, 15))), 'init_image is 20 x 15')]
 
 
 @pytest.mark.parametrize('wish, words', WISHES, ids=lambda x: x if isinstance(x, str) else '')
 def test_by_its_own_name(parts, wish, words):
     "What make_samples refuses it calls as its caller does."
-    kind = TypeError if 'prompts' in wish else ValueError
-    said = plain(lambda: make_samples(parts, **dict(prompts='a bell') | wish), words, kind=kind)
+    kind = TypeError if 'prompt' in wish else ValueError
+    said = plain(lambda: make_samples(parts, **dict(prompt='a bell') | wish), words, kind=kind)
     assert said.startswith(words)
 
 
-@pytest.mark.parametrize('wish', [dict(steps=0), dict(steps=2000), dict(g='3'), dict(width=31), dict(batch_size=0)], ids=str)
+@pytest.mark.parametrize('wish', [dict(num_inference_steps=0), dict(num_inference_steps=2000), dict(guidance_scale='3'), dict(width=31), dict(batch_size=0)], ids=str)
 def test_refused_run_claims_nothing(tmp_path, parts, wish):
     "What is refused leaves no folder behind that then holds the run of other settings."
     plain(lambda: draw_many(parts, number_wishes('a bell'), tmp_path/'run', **wish), *wish, kind=(ValueError, TypeError))
@@ -302,7 +302,7 @@ def test_captions_that_slip(tmp_path, rows, words):
     plain(lambda: read_captions(tmp_path, tmp_path/'captions.csv'), 'captions.csv', words)
 
 
-ODD = {'no picture to start from': (lambda parts: make_samples(parts, 'a bell', init_img=[]), 'init_img'), 'a large scale': (lambda parts: make_samples(parts, 'a bell', g=10**400), 'g='),
+ODD = {'no picture to start from': (lambda parts: make_samples(parts, 'a bell', init_image=[]), 'init_image'), 'a large scale': (lambda parts: make_samples(parts, 'a bell', guidance_scale=10**400), 'guidance_scale='),
        'another precision': (lambda parts: list(denoise(parts, torch.randn(1, 4, 8, 8), *torch.randn(2, 1, 77, 16), 3., 3, combine=lambda a, b, g: a.half())), 'combine'),
        'a name that safetensors keeps': (lambda parts: add_words(parts, {'__metadata__': torch.ones(16)}), '__metadata__')}
 
@@ -318,17 +318,17 @@ def test_words_for_networks_by_hand():
     plain(lambda: add_words(load_by_hand(device='cpu'), {'<x>': torch.zeros(128)}), 'by hand', 'load_parts', kind=TypeError)
 
 
-@pytest.mark.parametrize('name', ['init_img', 'mask'])
+@pytest.mark.parametrize('name', ['init_image', 'mask'])
 def test_the_picture_that_is_wrong(parts, name):
     "Of two pictures the wrong one is named."
     bad, good = Image.fromarray(np.full((16, 16), np.nan, np.float32)), Image.new('RGB', (16, 16))
-    call = (lambda: make_samples(parts, 'a bell', init_img=bad, start_step=1, steps=3)) if name == 'init_img' else lambda: inpaint(with_scheduler(parts, 'DDIM'), good, bad, 'a bell', num_inference_steps=3)
+    call = (lambda: make_samples(parts, 'a bell', init_image=bad, start_step=1, num_inference_steps=3)) if name == 'init_image' else lambda: inpaint(with_scheduler(parts, 'DDIM'), good, bad, 'a bell', num_inference_steps=3)
     assert plain(call, 'not finite').startswith(name)
 
 
 def test_ctrl_c_in_the_loop(parts):
     "After Ctrl-C in the second step the model draws what it drew before."
-    call, asked = dict(seed=3, steps=4), []
+    call, asked = dict(seeds=3, num_inference_steps=4), []
     before = make_samples(parts, 'a bell', **call)
     def interrupt(*_):
         asked.append(1)
@@ -537,13 +537,13 @@ def by_hand(parts): return Tokenizer.from_pretrained(embedded_folder()/'tokenize
 def test_prompts(parts, by_hand, prompt):
     "Any text is drawn, and cut off at the same place by both tokenizers; half of a character is refused."
     if any('\ud800' <= c <= '\udfff' for c in prompt):
-        plain(lambda: make_samples(parts, prompt, steps=2), 'half of a character')
+        plain(lambda: make_samples(parts, prompt, num_inference_steps=2), 'half of a character')
         return plain(lambda: cut_off(by_hand, prompt), 'half of a character')
-    assert make_samples(parts, prompt, steps=2).isfinite().all()
+    assert make_samples(parts, prompt, num_inference_steps=2).isfinite().all()
     assert cut_off(by_hand, prompt) == cut_off(parts.tokenizer, prompt)
 
 
-@pytest.mark.parametrize('draw', [lambda pipe, **texts: make_samples(pipe, texts.pop('prompt'), steps=2, **texts),
+@pytest.mark.parametrize('draw', [lambda pipe, **texts: make_samples(pipe, texts.pop('prompt'), num_inference_steps=2, **texts),
                                   lambda pipe, **texts: text_to_image(pipe, num_inference_steps=2, **texts)], ids=['parts', 'pipeline'])
 def test_told_of_cut(draw, pipe, caplog):
     "Whoever draws, and whichever prompt is too long: the course says so, and the libraries add nothing."
@@ -650,7 +650,7 @@ def good_values(pipe, folder):
         **dict.fromkeys(['parts', 'pipe', 'model'], parts), **dict.fromkeys(['latents', 'noise', 'x', 'x_t', 'x0', 'init', 'like'], latents), uncond=text, text=text,
         **dict.fromkeys(['prompt', 'prompts', 'negative_prompt'], 'a bell'), **dict.fromkeys(['seed', 'seeds', 'start_step', 'rows', 'gap', 'scale', 'every', 'number'], 1),
         **dict.fromkeys(['num_inference_steps', 'steps', 'cols', 'batch', 'batch_size', 'count', 'n'], 2), **dict.fromkeys(['guidance_scale', 'g'], 3.),
-        **dict.fromkeys(['height', 'width'], 16), **dict.fromkeys(['image', 'init_image', 'init_img', 'a', 'b', 'picture'], red), **dict.fromkeys(['images', 'frames'], [red, red]),
+        **dict.fromkeys(['height', 'width'], 16), **dict.fromkeys(['image', 'init_image', 'a', 'b', 'picture'], red), **dict.fromkeys(['images', 'frames'], [red, red]),
         **dict.fromkeys(['alpha_bar', 'share', 'phi', 'strength', 'seconds', 'opacity'], .5), t=500, scheduler=parts.scheduler, colour='white', background='white', titles=['a', 'b'],
         pixels=pixels, y=pixels, word='blue', words={'<x>': rand(16)}, name='DDIM', device='cpu', dtype=torch.float32, mask=torch.eye(16), rgba=torch.full((2, 4, 16, 16), 200, dtype=torch.uint8),
         colours=torch.rand(2, 3), matrix=torch.eye(2, 3).repeat(2, 1, 1), captions=['a bell'], texts=['a bell'], drawings=some, drawing=some[0], side=32, folder=folder, thing='red apple',
@@ -677,7 +677,7 @@ def good_values(pipe, folder):
         'words.add_words': dict(model=of_words, name=None),
         'many.read_wishes': dict(file=folder/'list.txt'), 'many.write_picture': dict(file=folder/'p.png', about=dict(a='b')), 'many.picture_file': dict(i=3),
         'models.text_to_image': dict(pipe=pipe), 'img2img.image_to_image': dict(pipe=pipe, strength=.8), 'img2img.img2img_pipeline': dict(pipe=pipe), 'latents.make_img': dict(pixels=pixels[0]),
-        'sampling.make_samples': dict(prompts=['a', 'b'], height=None, width=None), 'sampling.denoise': dict(start_step=0), 'own_pictures.read_captions': dict(captions=folder/'captions.csv', group=None), 'loop.same_run': dict(record=folder/'settings.json', settings=dict(lr=.1)),
+        'sampling.make_samples': dict(prompt=['a', 'b'], height=None, width=None), 'sampling.denoise': dict(start_step=0), 'own_pictures.read_captions': dict(captions=folder/'captions.csv', group=None), 'loop.same_run': dict(record=folder/'settings.json', settings=dict(lr=.1)),
         'inside.walk': dict(a=latents, b=rand(1, 4, 8, 8)), 'inside.watch_attention': dict(parts=hand, to='words', layers=''),
         'inside.token_maps': dict(looks=look, pictures=1), 'inside.place_map': dict(looks=look, row=1, column=1, picture=-1), 'inside.lay_over': dict(heat=torch.rand(4, 4)), 'inside.ddim_move': dict(now=.5, then=.6),
         'inside.among_words': dict(maps=torch.rand(1, 6, 4, 4), words=2), 'inside.mark': dict(row=1, column=1, size=(4, 4)), 'inside.invert': dict(guidance_scale=1., uncond=None),

@@ -124,7 +124,7 @@ def stand_in(folder, tmp_path, monkeypatch):
 def pixels(model):
     "A picture of a loaded model, as numbers."
     from sd_deepdive.parts import take_apart
-    return make_samples(take_apart(model), 'a bell', seed=1, steps=3)
+    return make_samples(take_apart(model), 'a bell', seeds=1, num_inference_steps=3)
 
 
 def left_behind(cache):

@@ -20,7 +20,7 @@ from sd_deepdive.parts import load_parts as load_library_parts
 from sd_deepdive.scratch.parts import load_parts
 
 N = 9
-COMMAND = ['-m', 'sd_deepdive.further.many', '--steps', '3', '--batch-size']
+COMMAND = ['-m', 'sd_deepdive.further.many', '--num-inference-steps', '3', '--batch-size']
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +54,7 @@ def test_pictures(run):
     "A picture for each line, all different, each with its prompt, seed and settings inside."
     texts = [Image.open(picture_file(run/'one', i)).text for i in range(N)]
     assert [t['seed'] for t in texts] == [str(7 + i) for i in range(N)] and texts[6]['prompt'] == 'café'
-    assert texts[0]['model'] == 'embedded' and texts[0]['steps'] == '3' and texts[0]['g'] == '3.0'
+    assert texts[0]['model'] == 'embedded' and texts[0]['num_inference_steps'] == '3' and texts[0]['guidance_scale'] == '3.0'
     assert max_difference(Image.open(picture_file(run/'one', 0)), Image.open(picture_file(run/'one', 1))) > 50
 
 
@@ -101,9 +101,9 @@ def test_interrupted(parts, tmp_path, monkeypatch):
         raise KeyboardInterrupt
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, 'save', interrupted)
-        with pytest.raises(KeyboardInterrupt): draw_many(parts, number_wishes('sun'), tmp_path/'x', steps=2)
+        with pytest.raises(KeyboardInterrupt): draw_many(parts, number_wishes('sun'), tmp_path/'x', num_inference_steps=2)
     assert [f.name for f in (tmp_path/'x').rglob('*') if f.is_file()] == ['run.json']
-    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'x', steps=2)) == 1
+    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'x', num_inference_steps=2)) == 1
 
 
 @pytest.mark.parametrize('damage', [lambda b: b'', lambda b: b[:40], lambda b: b[:len(b)//2], lambda b: b[:-20], lambda b: b[:900] + b'?' + b[901:]],
@@ -122,8 +122,8 @@ def test_other_runs(run, parts, tmp_path):
     wishes, folder = read_wishes(run/'captions.txt', 7), tmp_path/'one'
     shutil.copytree(run/'one', folder)
     before = {f: f.read_bytes() for f in folder.rglob('*') if f.is_file()}
-    good = dict(steps=3, model='embedded')
-    refused = [(wishes, good | dict(steps=4), 'steps=3, wanted is 4'), (wishes, good | dict(g=5), 'g=3.0, wanted is 5.0'),
+    good = dict(num_inference_steps=3, model='embedded')
+    refused = [(wishes, good | dict(num_inference_steps=4), 'num_inference_steps=3, wanted is 4'), (wishes, good | dict(guidance_scale=5), 'guidance_scale=3.0, wanted is 5.0'),
                (wishes, good | dict(width=64), 'width=128, wanted is 64'), (wishes, good | dict(model='mine'), "model='embedded', wanted is 'mine'"),
                (wishes[1:], good, "prompt='red apple', wanted is 'rocket'"), (read_wishes(run/'captions.txt'), good, "seed='7', wanted is '0'")]
     for wanted, options, message in refused:
@@ -142,7 +142,7 @@ def test_other_runs(run, parts, tmp_path):
     assert draw_many(parts, wishes, folder, **good) == []
     (tmp_path/'new').mkdir()
     (tmp_path/'new'/'.DS_Store').write_text('')      # as a Mac leaves it in a folder that was looked at
-    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'new', steps=1)) == 1
+    assert len(draw_many(parts, number_wishes('sun'), tmp_path/'new', num_inference_steps=1)) == 1
     longer = draw_many(parts, [*wishes, Wish('crown', 3)], folder, **good)
     assert [f.name for f in longer] == ['000009.png']
 
@@ -185,6 +185,6 @@ def test_files(tmp_path):
 def test_wrong_arguments(parts, tmp_path):
     "Named before anything is drawn."
     for wrong, kind, message in ((dict(wishes=['sun']), TypeError, 'number_wishes'), (dict(batch_size=0), ValueError, 'batch_size=0'),
-                                 (dict(steps=0), ValueError, 'steps=0'), (dict(g='3'), TypeError, "g='3'")):
+                                 (dict(num_inference_steps=0), ValueError, 'num_inference_steps=0'), (dict(guidance_scale='3'), TypeError, "guidance_scale='3'")):
         with pytest.raises(kind, match=message): draw_many(parts, **dict(wishes=number_wishes('sun'), folder=tmp_path/'x') | wrong)
-    with pytest.raises(ValueError, match='width=100'): draw_many(parts, number_wishes('sun'), tmp_path/'y', width=100, steps=2)
+    with pytest.raises(ValueError, match='width=100'): draw_many(parts, number_wishes('sun'), tmp_path/'y', width=100, num_inference_steps=2)

@@ -152,8 +152,8 @@ def test_half_precision(other, dtype):
     "The loop runs in half precision with every scheduler, and from a picture."
     parts, image = load_parts(other, 'cpu', dtype), drawings('banana')[0].image.resize((64, 64))
     for name in SCHEDULERS:
-        for start in (dict(), dict(init_img=image, start_step=2)):
-            pixels = make_samples(with_scheduler(parts, name), 'a bell', steps=4, **start)
+        for start in (dict(), dict(init_image=image, start_step=2)):
+            pixels = make_samples(with_scheduler(parts, name), 'a bell', num_inference_steps=4, **start)
             assert pixels.dtype == dtype and pixels.isfinite().all(), name
 
 

@@ -30,7 +30,7 @@ def levels(kind, prompts=PROMPTS, seeds=SEEDS, batch_size=8):
     if kind == 'library':
         images = text_to_image(load_pipeline(device='cpu'), prompts, seeds, STEPS, batch_size=batch_size)
         return np.stack([np.asarray(image) for image in images]).astype(int)
-    pixels = make_samples(load_parts(device='cpu'), prompts, seed=seeds, steps=STEPS, batch_size=batch_size)
+    pixels = make_samples(load_parts(device='cpu'), prompts, seeds=seeds, num_inference_steps=STEPS, batch_size=batch_size)
     return ((pixels/2 + .5).clamp(0, 1)*255).round().permute(0, 2, 3, 1).numpy().astype(int)
 
 

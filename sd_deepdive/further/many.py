@@ -183,15 +183,16 @@ def fingerprint(
     return digest.hexdigest()[:12]
 
 # %% ../../nbs/00_many_pictures.ipynb #e0f8a4f9
-def _settings(parts: Parts, model: str, g: float, steps: int, height: int | None, width: int | None) -> dict:
+def _settings(parts: Parts, model: str, guidance_scale: float, num_inference_steps: int, height: int | None, width: int | None) -> dict:
     "What all pictures of a run share. TypeError or ValueError for numbers that cannot be."
     sides = {name: side(name, parts.side if value is None else value, parts.factor)
              for name, value in dict(height=height, width=width).items()}
     check_area(**sides)
-    begin(parts.scheduler, steps, name='steps')     # refuses steps that cannot be walked
+    begin(parts.scheduler, num_inference_steps)     # refuses steps that cannot be walked
     return dict(model=texts('model', [str(model)])[0], fingerprint=fingerprint(parts), scheduler=type(parts.scheduler).__name__,
-                g=real_number('g', g, 3., -1000, 1000), steps=int(steps), **sides,
-                dtype=str(parts.dtype).removeprefix('torch.'))
+                guidance_scale=real_number('guidance_scale', guidance_scale, 3., -1000, 1000),
+                num_inference_steps=int(num_inference_steps), **sides, dtype=str(parts.dtype).removeprefix('torch.'))
+
 
 # %% ../../nbs/00_many_pictures.ipynb #8e17b3c6
 def _claim(folder: Path, settings: dict) -> None:
@@ -208,7 +209,7 @@ def _claim(folder: Path, settings: dict) -> None:
 # %% ../../nbs/00_many_pictures.ipynb #cf9f5d3e
 def _todo(folder: Path, wishes: Sequence[Wish], settings: dict, acc: Accelerator) -> tuple[list, int]:
     "This process' wishes not drawn yet, each with its file and what that says; and how many it has in all."
-    same = {name: settings[name] for name in ('model', 'fingerprint', 'scheduler', 'g', 'steps')}
+    same = {name: settings[name] for name in ('model', 'fingerprint', 'scheduler', 'guidance_scale', 'num_inference_steps')}
     mine = [(wish, picture_file(folder, i), asdict(wish) | same) for i, wish in enumerate(wishes)]
     mine = mine[acc.process_index::acc.num_processes]
     return [(wish, file, about) for wish, file, about in mine if not is_drawn(file, about)], len(mine)
@@ -218,7 +219,7 @@ def _draw(parts: Parts, batch: list[tuple], **how) -> None:
     "Draw wishes, and write each picture into its file."
     wishes, files, abouts = zip(*batch)
     pixels = make_samples(parts, [w.prompt for w in wishes], [w.negative_prompt for w in wishes],
-                          seed=[w.seed for w in wishes], batch_size=len(batch), **how)
+                          seeds=[w.seed for w in wishes], batch_size=len(batch), **how)
     for file, p, about in zip(files, pixels, abouts): write_picture(file, make_img(p), about)
 
 # %% ../../nbs/00_many_pictures.ipynb #08995313
@@ -244,8 +245,8 @@ def draw_many(
     parts: Parts,                     # a pipeline will do too
     wishes: Sequence[Wish],           # from `read_wishes` or `number_wishes`
     folder: str | Path,               # new, or of the same run
-    g: float = 3.,                    # guidance scale
-    steps: int = 25,                  # of the sampler, for each picture
+    guidance_scale: float = 3.,       # how strictly prompts are followed
+    num_inference_steps: int = 25,    # of the sampler, for each picture
     height: int | None = None,        # pixels; default: what the model was trained for
     width: int | None = None,         # likewise
     batch_size: int = 8,              # pictures computed at a time by each process
@@ -256,14 +257,15 @@ def draw_many(
     written are returned. ValueError for a folder of another run; TypeError or ValueError for other arguments."""
     parts, acc, folder = take_apart(parts), acc or accelerator(), file_path('folder', folder)
     wishes = _checked(wishes, acc)
-    settings = _settings(parts, model, g, steps, height, width)
+    settings = _settings(parts, model, guidance_scale, num_inference_steps, height, width)
     whole_number('batch_size', batch_size, 1)
     _begin(folder, settings, acc)
     todo, share = _todo(folder, wishes, settings, acc)
+    how = dict(guidance_scale=guidance_scale, num_inference_steps=num_inference_steps, height=height, width=width)
     with tqdm(total=share, initial=share - len(todo), desc=f'process 1 of {acc.num_processes}',
               unit='picture', delay=20, disable=not acc.is_main_process) as bar:
         for batch in chunked(todo, batch_size):
-            _draw(parts, batch, g=g, steps=steps, height=height, width=width)
+            _draw(parts, batch, **how)
             bar.update(len(batch))
     return [file for _, file, _ in todo]
 
@@ -274,8 +276,8 @@ def draw_file(
     prompts: Path = Path('captions.txt'),   # .txt, .csv or .jsonl: one picture a line
     folder: Path = Path('pictures'),        # new, or of the same run
     model: str = EMBEDDED,                  # "embedded", a folder, or a hub id
-    g: float = 3.,                          # guidance scale
-    steps: int = 25,                        # of the sampler, for each picture
+    guidance_scale: float = 3.,             # how strictly prompts are followed
+    num_inference_steps: int = 25,          # of the sampler, for each picture
     seed: int = 0,                          # of the first picture, where the file names none
     height: int | None = None,              # pixels
     width: int | None = None,               # likewise
@@ -285,7 +287,7 @@ def draw_file(
     wishes, acc = read_wishes(prompts, seed), accelerator()
     parts = load_parts(model, acc.device)
     if acc.is_main_process: warn_of_unknown(parts, [wish.prompt for wish in wishes[:1000]])     # not hours for millions
-    drawn = draw_many(parts, wishes, folder, g, steps, height, width, batch_size, model, acc)
+    drawn = draw_many(parts, wishes, folder, guidance_scale, num_inference_steps, height, width, batch_size, model, acc)
     me = f'process {acc.process_index + 1} of {acc.num_processes}'
     print(f'{me}: {len(drawn)} drawn, the rest of its share was there')
     acc.end_training()

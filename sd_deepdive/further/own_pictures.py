@@ -360,7 +360,7 @@ def _leave(out: Path, parts: Parts, train: list[Example], held: list[Example], *
     size = lambda side: f'{count(len(side), "picture")} of {count(len({e.group for e in side}), "group")}'
     print(f'{size(train)} learned, {size(held)} held out; their loss {record["before"]:.4f}, now {record["after"]:.4f}')
     asked = [e.caption for e in held[:16]]
-    save_sheet(make_samples(parts, asked, seed=[*range(len(asked))]), 4, out/'sheet.png')
+    save_sheet(make_samples(parts, asked, seeds=[*range(len(asked))]), 4, out/'sheet.png')
     save_record(out/'record.json', train=len(train), held=len(held), **record)
 
 # %% ../../nbs/26_your_own_pictures.ipynb #74b36cb9

@@ -287,7 +287,7 @@ def diffusion_report(
     prompts = recipe('prompts.txt').splitlines()
     def report(unet: nn.Module, step: int) -> str:
         n = things_at(step - 1, stages)
-        drawn = make_samples(replace(parts, unet=unet), prompts, seed=[*range(len(prompts))], steps=15)
+        drawn = make_samples(replace(parts, unet=unet), prompts, seeds=[*range(len(prompts))], num_inference_steps=15)
         save_sheet(drawn, 8, folder/f'sheet-{step:06}.png')
         unet.save_pretrained(folder/'on-the-way')
         among = [i for i, d in enumerate(ready.drawings) if d.thing in things(n)]

@@ -154,11 +154,11 @@ def quality(
     wanted: Sequence[Drawing],     # captions to draw
     drawings: Sequence[Drawing],   # among which the judge finds the nearest
     guidance_scale: float = 3.,    # how strictly captions are followed
-    steps: int = 25,               # down from noise
+    num_inference_steps: int = 25, # down from noise
 ) -> list[list]:
     "The rows of `quality_rows` for a model: picture k is drawn from seed k."
     captions = [d.caption for d in wanted]
-    made = make_samples(parts, captions, seed=[*range(len(wanted))], g=guidance_scale, steps=steps).cpu()
+    made = make_samples(parts, captions, seeds=[*range(len(wanted))], guidance_scale=guidance_scale, num_inference_steps=num_inference_steps).cpu()
     return quality_rows(judge, made, round_trips(parts.vae, on_white(wanted)), wanted, drawings)
 
 # %% ../../nbs/00_quality.ipynb #eeb975d7
