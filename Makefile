@@ -6,6 +6,7 @@ PORT ?= 8000
 WORKERS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+HERE := $(shell pwd -P)
 # Lessons side by side, one thread each: on a small model this is faster than one lesson on all cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 
@@ -15,10 +16,14 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-20s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
+# An environment knows the folder that it was made for: after that was moved, it is made again.
+ifneq "$(HERE)" "$(shell cat $(READY) 2>/dev/null)"
+.PHONY: $(READY)
+endif
 $(READY): lock.txt settings.ini setup.py pyproject.toml tools/setup_env.py
 	@command -v $(PYTHON) >/dev/null || { echo "set-up: $(PYTHON) is not there: install Python, or name yours with PYTHON=..."; exit 1; }
 	@$(PYTHON) tools/setup_env.py $(VENV) $(VENV_FLAGS)
-	@touch $@
+	@echo "$(HERE)" > $@
 
 course: $(READY)  ## run every lesson on the embedded model, then build the site
 	@echo "Running every lesson on the embedded model"
@@ -69,7 +74,7 @@ lock: $(READY)  ## write lock.txt from the versions in the environment
 	@touch $(READY)
 
 clean:  ## remove the site and what building left
-	@rm -rf _docs _proc build dist *.egg-info nbs/nbdev.yml
+	@rm -rf _docs _docs.* _proc build dist *.egg-info nbs/nbdev.yml
 
 # Training, one command a step: make data, train-autoencoder, train-text, train-diffusion, quality
 -include tools/training/train.mk

@@ -10,6 +10,7 @@ __all__ = ['whole_number', 'whole_numbers', 'real_number', 'side', 'text', 'text
            'file_path', 'whole_file', 'visible', 'in_one_line']
 
 # %% ../nbs/00_checks.ipynb #3f528517
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -287,6 +288,8 @@ def file_path(
 
 
 # %% ../nbs/00_checks.ipynb #4938f20c
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None    # None: torch and safetensors have errors of their own for a full disk
+
 @contextmanager
 def whole_file(
     path: str | Path,   # where the file goes; its folder is made
@@ -305,9 +308,10 @@ def whole_file(
         part.chmod(mode)
         with part.open('rb+') as f: os.fsync(f.fileno())     # on the disk before it takes its place, should the power go
         part.replace(path)
-    except (OSError, RuntimeError, SafetensorError) as e:    # torch and safetensors have errors of their own for a full disk
+    except (OSError, RuntimeError, SafetensorError) as e:
         why = getattr(e, 'strerror', None) or f'{e} '.splitlines()[0].strip()
-        raise OSError(f'{path} cannot be written ({why}). Make room there, or give another place.') from None
+        remedy = 'Make room there, or give' if getattr(e, 'errno', None) in _FULL else 'Give'
+        raise OSError(f'{path} cannot be written ({why}). {remedy} another place.') from None
     finally:
         with suppress(OSError): part.unlink()
 

@@ -375,7 +375,8 @@ def test_ctrl_c_in_training(tmp_path):
 
 
 def test_ctrl_c_loses_no_step(tmp_path):
-    "The signal itself, in the middle of a step: the step is ended and kept. The second one ends it at once."
+    "The signal itself, in the middle of a step: the step is ended and kept. The second one ends it at once; the handler is the one from before."
+    before = signal.getsignal(signal.SIGINT)
     whole = fitted(None)
     def pressed(step):
         if step == 7: signal.raise_signal(signal.SIGINT)
@@ -386,7 +387,7 @@ def test_ctrl_c_loses_no_step(tmp_path):
         if step == 7: signal.raise_signal(signal.SIGINT), signal.raise_signal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt): fitted(tmp_path/'twice', twice)
     assert len(read_state(tmp_path/'twice'/'checkpoint.pt')['losses']) == 5
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_pictures_of_science(tmp_path, parts):
@@ -410,6 +411,8 @@ def test_pictures_of_science(tmp_path, parts):
     plain(lambda: read_captions(tmp_path/'none', table), 'none', 'folder', kind=FileNotFoundError)
     table.write_text('file;caption\na.tiff;a bell\n')
     plain(lambda: read_captions(tmp_path, table), 'semicolons')
+    table.write_text(table.read_text().replace(';', '\t'))
+    plain(lambda: read_captions(tmp_path, table), 'tabs')
 
 
 def test_checkpoint_of_other_pictures(parts, tmp_path):

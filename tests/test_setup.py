@@ -1,8 +1,10 @@
-"""Set-up says in one line what is missing."""
-import os, subprocess, sys
+"""Set-up says in one line what is missing, and makes again what cannot be used."""
+import os, shutil, subprocess, sys, venv
+from importlib.metadata import distributions, metadata
 
 import pytest
 from conftest import ROOT
+from packaging.specifiers import SpecifierSet
 
 
 @pytest.fixture
@@ -27,6 +29,8 @@ def one_line(setup_env, err):
     ("WARNING: Retrying (Retry(total=4)) after connection broken by 'ReadTimeoutError(...)': /simple/torch/\n"
      "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", 'disk is full'),
     ("ERROR: No matching distribution found for torch==2.13.0", 'no torch==2.13.0'),
+    ("ERROR: Ignored the following versions that require a different python version: 4.1.2 Requires-Python >=3.11.5\n"
+     "ERROR: Cannot install sd_deepdive because these package versions have conflicting dependencies.", 'wants Python >=3.11.5, this is'),
     ("The virtual environment was not created successfully because ensurepip is not\navailable.", 'python3-venv')])
 def test_causes(setup_env, err, words):
     "Each known cause becomes one line that names it."
@@ -51,3 +55,38 @@ def test_nothing_to_be_had(tmp_path):
     env = {k: v for k, v in os.environ.items() if not k.startswith('PIP_')} | {'PIP_NO_INDEX': '1'}
     res = subprocess.run([sys.executable, ROOT/'tools/setup_env.py', 'env'], cwd=tmp_path, env=env, capture_output=True, text=True)
     assert res.returncode and res.stderr.count('\n') == 1 and 'pip finds no' in res.stderr
+
+
+def test_locked_for_every_python():
+    "Each locked version allows the oldest Python that the README names, in its first release."
+    oldest = metadata('sd_deepdive')['Requires-Python'].removeprefix('>=') + '.0'
+    wants = {d.name: d.metadata['Requires-Python'] for d in distributions()}
+    assert not {name: want for name, want in wants.items() if want and not SpecifierSet(want).contains(oldest)}
+
+
+def test_stale(setup_env, tmp_path):
+    "An environment that was moved, or is of another Python, or of one that is gone, is seen."
+    place, moved = tmp_path/'an env', tmp_path/'moved'
+    venv.create(place)
+    assert not setup_env.stale(str(place))
+    shutil.copytree(place, moved, symlinks=True)
+    assert setup_env.stale(str(moved))
+    config = place/'pyvenv.cfg'
+    said = config.read_text()
+    for was, now in ('\nversion = ', '\nversion = 9'), ('\nexecutable = ', '\nexecutable = /gone'):
+        config.write_text(said.replace(was, now))
+        assert setup_env.stale(str(place))
+    config.write_text(said)
+    assert not setup_env.stale(str(place))
+
+
+def test_moved_folder(tmp_path):
+    "make sets up once, and once more when its folder was moved."
+    here = tmp_path/'with space'
+    (here/'tools').mkdir(parents=True)
+    for f in ('Makefile', 'settings.ini', 'setup.py', 'pyproject.toml', 'lock.txt'): shutil.copy(ROOT/f, here)
+    (here/'tools'/'setup_env.py').write_text('import os; os.makedirs(".venv", exist_ok=True); print("set up")')
+    make = lambda: subprocess.run(['make', '.venv/.ready', f'PYTHON={sys.executable}'], cwd=here, capture_output=True, text=True, check=True).stdout
+    assert 'set up' in make() and 'set up' not in make()
+    here = here.rename(tmp_path/'moved')
+    assert 'set up' in make() and 'set up' not in make()

@@ -10,7 +10,7 @@ from finish import readable
 from pages import Description, Steps, index_all
 from sd_deepdive._modidx import d
 from smalldocs import layout
-from smalldocs.config import load
+from smalldocs.config import BuildError, load
 from smalldocs.site import Site
 
 ROOT = Path(__file__).parents[1]
@@ -73,21 +73,45 @@ def process(cfg):
     return folder
 
 
+def check_notebooks(folder):
+    "Exit with a line for a notebook that cannot be read."
+    for file in sorted(folder.glob('*.ipynb')):
+        try: read_nb(file)
+        except Exception as e: sys.exit(f'{file} is no whole notebook ({type(e).__name__}: {e}). Remove it, or get it again: git checkout {file}')
+
+
+def take_place(new, place):
+    "Put a new folder where there may be one, in two moves."
+    old = place.with_name(f'{place.name}.old')
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists(): place.rename(old)
+    new.rename(place)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def main():
-    "Build the site; exit with a line for each broken link."
+    "Build the site beside the one that may be there, and put it in its place; exit with a line for each broken link."
     os.chdir(ROOT)
     cfg = get_config()
+    check_notebooks(cfg.nbs_path)
     layout.KATEX = 'site_libs/katex'
     site = OfflineSite(load(process(cfg)), quiet=True)
     site.out = cfg.doc_path
+    site.check_output()
+    site.out = cfg.doc_path.with_name(f'{cfg.doc_path.name}.new')
+    shutil.rmtree(site.out, ignore_errors=True)
     n = site.build()
     libs = site.out/'site_libs'
     shutil.copytree(ROOT/'vendor/katex', libs/'katex')
     for page in site.out.glob('*.html'): page.write_text(readable(page.read_text()))
     for css in libs.rglob('*.css'): css.write_text(WEB_FONTS.sub('', css.read_text()))
     for copy in site.out.glob('*.llms.md'): shutil.copy(copy, copy.with_name(copy.name.replace('.llms.md', '.html.md')))   # where modules link to
+    take_place(site.out, cfg.doc_path)
     if site.broken: sys.exit('\n'.join(f'{page}: broken link {href}' for page, href in site.broken))
-    print(f'{n} pages in {site.out}')
+    print(f'{n} pages in {cfg.doc_path}')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    try: main()
+    except BuildError as e: sys.exit(f'{e}. Where it is what a build left, make clean removes it.')
+    except KeyboardInterrupt: sys.exit('Stopped; a site that was there is whole.')

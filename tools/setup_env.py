@@ -6,6 +6,7 @@ import argparse
 import configparser
 import importlib.util
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -20,6 +21,8 @@ CAUSES = [  # what pip or venv says, what it means
      'pip finds no {0} for this Python where it looks: see its index settings and the network'),
     (r'ensurepip is not|No module named (pip|venv|ensurepip)',
      'Python has no venv: install it (Debian and Ubuntu: apt install python3-venv)'),
+    (r'require a different python version: .*?Requires-Python ([^;\n]+)',
+     'a package of lock.txt wants Python {0}, this is %s: run make with PYTHON=..., the path of another one' % platform.python_version()),
 ]
 
 
@@ -57,6 +60,15 @@ def constraints(folder, keep_torch):
     return path
 
 
+def stale(venv):
+    "Whether an environment is of another Python, of one that is gone, or of another folder: one that was moved."
+    try:
+        with open(os.path.join(venv, 'pyvenv.cfg')) as f: made = dict(line.strip().split(' = ', 1) for line in f if ' = ' in line)
+    except OSError: return True
+    return (made.get('version') != platform.python_version() or not os.path.exists(made.get('executable', ''))
+            or not made.get('command', '').endswith(' ' + os.path.abspath(venv)))
+
+
 def main():
     "Check Python, make the venv, install the locked versions and this package."
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,11 +84,18 @@ def main():
     if not importlib.util.find_spec('ensurepip') or not importlib.util.find_spec('venv'): explain('No module named venv')
 
     print('Setting up %s (once; torch is a large download)' % args.venv, flush=True)
-    try: run(sys.executable, '-m', 'venv', *(['--system-site-packages'] if args.system_site_packages else []), args.venv)
+    mark = os.path.join(args.venv, '.made_here')      # one that somebody else made is never cleared
+    ours = os.path.exists(mark)
+    flags = ['--clear']*(ours and stale(args.venv)) + ['--system-site-packages']*args.system_site_packages
+    ours = ours or not os.path.exists(args.venv)
+    try: run(sys.executable, '-m', 'venv', *flags, args.venv)
     except OSError as e: explain(str(e))
+    if ours: open(mark, 'w').close()
     python = os.path.join(args.venv, 'bin', 'python')
     run(python, '-m', 'pip', 'install', '--disable-pip-version-check', '-c', constraints(args.venv, args.system_site_packages),
         '-e', '.[dev]')
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__':
+    try: main()
+    except KeyboardInterrupt: stop('stopped. Run it again to go on.')

@@ -53,7 +53,8 @@ def _table(captions: Path) -> tuple[list[dict], list[str]]:
         with captions.open(newline='', encoding='utf-8-sig') as f: reader = csv.DictReader(f, skipinitialspace=True); rows, names = [*reader], reader.fieldnames or []
     except (UnicodeDecodeError, csv.Error) as e:
         raise ValueError(f'{name} cannot be read: {e}. Save it as CSV in UTF-8.') from None
-    if len(names)==1 and ';' in names[0]: raise ValueError(f'{name} has its columns separated by semicolons. Save it with commas.')
+    for mark, marks in {';': 'semicolons', '\t': 'tabs'}.items():
+        if len(names)==1 and mark in names[0]: raise ValueError(f'{name} has its columns separated by {marks}. Save it with commas.')
     if not rows or not {'file', 'caption'} <= {*names}:
         raise ValueError(f"{name} has {', '.join(names) if rows else 'no line'}. Give it the columns 'file' and 'caption', and lines.")
     if len({*names}) < len(names): raise ValueError(f'{name} has two columns of one name. Keep one of each: {", ".join(dict.fromkeys(names))}.')
@@ -349,6 +350,7 @@ def _sides(parts: Parts, folder: Path, captions: Path | None, group: str, share:
 # %% ../../nbs/26_your_own_pictures.ipynb #b0b62840
 def _run_place(out: Path) -> None:
     "ValueError if something else than a run is there."
+    if out.is_file(): raise ValueError(f'out={str(out)!r} is a file. Give a new folder.')
     if out.is_dir() and visible(out) and not (out/'run.json').is_file():
         raise ValueError(f'out={str(out)!r} holds files and no run.json. Give an empty folder, or a new one.')
     _model_place(out/'model')
