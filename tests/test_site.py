@@ -1,5 +1,5 @@
 """The site, as a reader meets it: in headless Chromium, with no other host to be reached."""
-import gzip, re, sys
+import gzip, re, shutil, sys
 from base64 import b64decode
 from io import BytesIO
 from urllib.parse import unquote, urlsplit
@@ -29,10 +29,27 @@ LOADED = "return performance.getEntriesByType('resource').filter(r => r.initiato
 BRIGHTNESS = r"return getComputedStyle(document.body).backgroundColor.match(/\d+/g).slice(0, 3).reduce((a, b) => a + +b, 0) / 765"
 
 sys.path.append(str(ROOT/'tools'))
+from build_docs import check_notebooks, take_place  # noqa: E402
 from pages import Description, add_links  # noqa: E402
 
 HEAVIEST = {'index.html': .5e6} | {page: 3e6 for _, page in LESSONS}       # bytes
 IN_DARK = ['index.html', 'loop.html', 'explore.html', 'samplers_by_hand.html']
+
+
+def test_takes_its_place(tmp_path):
+    "A new site replaces the old one as a whole, whatever an interrupted build had left; and nothing else stays."
+    new, place = tmp_path/'_docs.new', tmp_path/'_docs'
+    for folder, name in (new, 'new.html'), (place, 'old.html'), (tmp_path/'_docs.old', 'older.html'): folder.mkdir(); (folder/name).touch()
+    take_place(new, place)
+    assert [f.relative_to(tmp_path).as_posix() for f in sorted(tmp_path.rglob('*'))] == ['_docs', '_docs/new.html']
+
+
+def test_broken_notebook(tmp_path):
+    "A notebook that is cut short is named before anything is built, and what to do."
+    shutil.copy(NBS[-1], tmp_path)
+    check_notebooks(tmp_path)
+    (tmp_path/'cut.ipynb').write_text(NBS[-1].read_text()[:4000])
+    with pytest.raises(SystemExit, match=r'cut.ipynb is no whole notebook .* git checkout'): check_notebooks(tmp_path)
 
 
 def soup(file):
