@@ -49,11 +49,11 @@ bench-gpu: $(READY)  ## guided steps a second on a GPU, in Stable Diffusion's sh
 site: $(READY)  ## build the site from the saved notebooks, running none
 	@$(PY) tools/build_docs.py
 
-serve: $(READY)  ## show the site at http://localhost:8000 (another port: PORT=...)
-	@test -f _docs/index.html || $(MAKE) site
-	@$(PY) -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2>/dev/null || { echo "Port $(PORT) is taken, or none. Try make serve PORT=8001"; exit 1; }
+serve:  ## show the site at http://localhost:8000 (another port: PORT=...)
+	@$(PYTHON) -c "import socket; socket.create_server(('127.0.0.1', $(PORT)))" 2>/dev/null || { echo "Port $(PORT) is taken, or none. Try make serve PORT=8001"; exit 1; }
+	@test -f _docs/index.html || $(MAKE) --no-print-directory site
 	@echo "http://localhost:$(PORT) (Ctrl-C ends it)"
-	@$(PY) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs
+	@$(PYTHON) -m http.server $(PORT) --bind 127.0.0.1 --directory _docs
 
 lab: $(READY)  ## open the lessons in JupyterLab, which is installed first
 	@$(PY) -m pip install -q jupyterlab

@@ -155,7 +155,8 @@ def check_folder(
     folder = file_path('folder', folder)
     listing = folder/'model_index.json'
     if not listing.is_file():
-        raise ValueError(f'{folder} holds no pipeline: {listing.name} is missing. Give a folder from save_pretrained.')
+        inside = [str(file.parent) for file in visible(folder, f'*/{listing.name}')]
+        raise ValueError(f'{folder} holds no pipeline: {listing.name} is missing. Give {" or ".join(inside) or "a folder from save_pretrained"}.')
     _check_files(folder)
     _check_heads(folder)
     listed = json.loads(listing.read_text(encoding='utf-8'))

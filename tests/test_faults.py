@@ -443,6 +443,7 @@ def test_a_model_that_cannot_be_replaced(tmp_path, parts, monkeypatch):
     "The model that is there stays, and so does a folder beside it whose name ends in .old."
     (tmp_path/'own').mkdir(); (tmp_path/'own.old').mkdir()
     save_model(parts, folder := tmp_path/'own')
+    assert len({f.stat().st_mode for f in folder.rglob('*') if f.is_file()}) == 1      # whoever can read one can read all
     (folder/'notes.txt').write_text('mine')
     plain(lambda: save_model(parts, folder), 'something else')     # it would be gone with the model
     (folder/'notes.txt').rename(folder/'.DS_Store')
@@ -464,6 +465,7 @@ def test_hidden_files(tmp_path):
     for file in [*folder.rglob('*.json'), *folder.rglob('*.safetensors')]: file.with_name(f'._{file.name}').write_bytes(b'\0\5\26\7')
     (folder/'.DS_Store').write_bytes(b'')
     for load in (load_pipeline, load_by_hand): load(folder)
+    plain(lambda: load_pipeline(tmp_path), f'Give {folder}.')      # the folder that it lies in
 
 
 def test_ctrl_c_while_saving(tmp_path, monkeypatch):

@@ -335,6 +335,8 @@ def save_model(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as beside, quiet():
             StableDiffusionPipeline(**named, **none).save_pretrained(new := Path(beside)/'new')
+            usual = (new/'model_index.json').stat().st_mode
+            for file in new.rglob('*.safetensors'): file.chmod(usual)      # safetensors makes files that no other user can read
             _take_place(new, folder, Path(beside)/'old')
     except (OSError, RuntimeError, SafetensorError) as e:
         raise OSError(f'{folder} cannot be written ({f"{e} ".splitlines()[0].strip()}). '
