@@ -446,6 +446,7 @@ def test_a_model_that_cannot_be_replaced(tmp_path, parts, monkeypatch):
     assert len({f.stat().st_mode for f in folder.rglob('*') if f.is_file()}) == 1      # whoever can read one can read all
     (folder/'notes.txt').write_text('mine')
     plain(lambda: save_model(parts, folder), 'something else')     # it would be gone with the model
+    plain(lambda: own_pictures(folder, out=folder/'notes.txt'), 'notes.txt', 'is a file')
     (folder/'notes.txt').rename(folder/'.DS_Store')
     move, failed = Path.replace, []
     def fails(self, to):
@@ -521,6 +522,7 @@ def test_full_disk(tmp_path):
     assert len(names) == 9 and not [n for n in names if n.endswith('.part')] and {f.read_text() for f in tmp_path.iterdir()} == {'old'}
     assert set(said) == {*names, *(f'{name}/{name}' for name in names)}
     for place, words in said.items(): assert Path(place).name in words and '\n' not in words, words
+    assert all(('Make room' in words) == ('/' not in place) for place, words in said.items()), said      # room does not make a folder of a file
 
 
 # Random input -------------------------------------------------------------------------------------------------------
