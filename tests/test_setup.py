@@ -1,8 +1,8 @@
 """Set-up says in one line what is missing, and makes again what cannot be used."""
-import os, shutil, subprocess, sys, venv
+import os, re, shutil, subprocess, sys, venv
 from importlib.metadata import distributions, metadata
 
-import pytest
+import pytest, yaml
 from conftest import ROOT
 from packaging.specifiers import SpecifierSet
 
@@ -47,6 +47,28 @@ def test_old_python(tmp_path):
     (tmp_path/'settings.ini').write_text((ROOT/'settings.ini').read_text().replace('min_python = 3.', 'min_python = 99.'))
     res = subprocess.run([sys.executable, ROOT/'tools/setup_env.py', 'env'], cwd=tmp_path, capture_output=True, text=True)
     assert res.returncode and res.stderr.count('\n') == 1 and 'Python 99.11 or newer is needed' in res.stderr
+
+
+def test_untested_python(tmp_path):
+    "A Python that the course is not tested on is named before anything is fetched; one that it is tested on is not."
+    said, env = (ROOT/'settings.ini').read_text(), os.environ | {'PIP_NO_INDEX': '1'}
+    for f in ('setup.py', 'pyproject.toml', 'lock.txt'): (tmp_path/f).write_text((ROOT/f).read_text())
+    for tested, named in (f'{sys.version_info.major}.{sys.version_info.minor}', False), ('3.9', True):
+        ini = re.sub(r'Python :: 3\.\d+', f'Python :: {tested}', said)
+        (tmp_path/'settings.ini').write_text(ini)
+        res = subprocess.run([sys.executable, ROOT/'tools/setup_env.py', 'env'], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert ('This is Python ' in res.stdout) == named, res.stdout
+
+
+def test_one_set_of_pythons():
+    "README, metadata and the workflow name the same Pythons, the lowest of which is required."
+    tested = metadata('sd_deepdive').get_all('Classifier')
+    tested = [c.rpartition(' ')[2] for c in tested if 'Python :: 3.' in c]
+    workflow = yaml.safe_load((ROOT/'.github/workflows/test.yml').read_text())
+    assert workflow['jobs']['test']['strategy']['matrix']['python'] == tested
+    assert metadata('sd_deepdive')['Requires-Python'] == '>=' + tested[0]
+    assert f'Python {", ".join(tested[:-1])} or {tested[-1]},' in (ROOT/'README.md').read_text()
+    for name in 'CONTRIBUTING.md', 'CHANGELOG.md': assert f'{tested[0]} to {tested[-1]}' in (ROOT/name).read_text()
 
 
 def test_nothing_to_be_had(tmp_path):

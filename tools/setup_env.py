@@ -81,6 +81,9 @@ def main():
     need = ini['DEFAULT']['min_python']
     if sys.version_info < tuple(map(int, need.split('.'))):
         stop('Python %s or newer is needed, %s is %s: run make with PYTHON=python%s' % (need, sys.executable, sys.version.split()[0], need))
+    tested = re.findall(r'Python :: (3\.\d+)', ini['DEFAULT']['classifiers'])
+    if platform.python_version().rpartition('.')[0] not in tested:
+        print('This is Python %s. The course is tested on %s' % (platform.python_version(), ', '.join(tested)), flush=True)
     if not importlib.util.find_spec('ensurepip') or not importlib.util.find_spec('venv'): explain('No module named venv')
 
     print('Setting up %s (once; torch is a large download)' % args.venv, flush=True)
